@@ -1,0 +1,98 @@
+"""Every key of the store, in one place. The realm is in each of them."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from urllib.parse import quote
+
+from blake3 import blake3
+
+from imagecache.blockimage.manifest import Face
+from imagecache.errors import UsageError
+
+FORMAT_VERSION = 1
+"""Raised whenever the same image would get other digests."""
+
+_REALM = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+
+
+@dataclass(frozen=True, slots=True)
+class ImageKey:
+    """What a block image is built from and how: the identity under which a root is found."""
+
+    image: str  # manifest digest, `sha256:...`
+    face: Face
+    options: str  # canonical JSON
+    format_version: int = FORMAT_VERSION
+
+    def digest(self) -> str:
+        """64 hex digits that name this key's roots."""
+        text = json.dumps([self.image, int(self.face), self.options, self.format_version])
+        return blake3(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class RealmKeys:
+    """The keys of one realm."""
+
+    realm: str
+
+    def __post_init__(self) -> None:
+        if not _REALM.fullmatch(self.realm):
+            raise UsageError(
+                f"realm {self.realm!r} is not a realm's name",
+                remedy="use 1-63 lower-case letters, digits, dots, dashes and underscores",
+            )
+
+    @property
+    def prefix(self) -> str:
+        """What every key of the realm begins with."""
+        return f"v1/{self.realm}/"
+
+    def generation(self, number: int) -> str:
+        """The state of one generation."""
+        return f"{self.prefix}generations/{number:08d}.json"
+
+    def root(self, key: ImageKey, generation: int) -> str:
+        """The root record of one image in one generation: the commit."""
+        return f"{self.prefix}roots/{generation:08d}/{key.digest()}.json"
+
+    def roots(self, generation: int) -> str:
+        """The prefix of all roots of a generation."""
+        return f"{self.prefix}roots/{generation:08d}/"
+
+    def layer(self, diff_id: str, generation: int) -> str:
+        """The record that finds a converted layer by its diff id."""
+        name = f"{diff_id.replace(':', '-')}.f{FORMAT_VERSION}.json"
+        return f"{self.prefix}layers/{generation:08d}/{name}"
+
+    def layer_index(self, digest: bytes) -> str:
+        """A sealed layer index."""
+        return f"{self.prefix}indexes/{digest.hex()}"
+
+    def manifest(self, digest: bytes) -> str:
+        """A sealed block manifest."""
+        return f"{self.prefix}manifests/{digest.hex()}"
+
+    def locations(self, digest: bytes) -> str:
+        """A sealed location table."""
+        return f"{self.prefix}locations/{digest.hex()}"
+
+    def pack(self, name: bytes) -> str:
+        """A pack."""
+        return f"{self.prefix}packs/{name.hex()}"
+
+    def blob(self, digest: str) -> str:
+        """An OCI manifest or config, as the registry had it."""
+        return f"{self.prefix}blobs/{digest.replace(':', '-')}"
+
+    def alias(self, name: str) -> str:
+        """A mutable name; its text is percent-encoded into one key segment."""
+        return f"{self.aliases}{quote(name, safe='')}.json"
+
+    @property
+    def aliases(self) -> str:
+        """The prefix of all aliases."""
+        return f"{self.prefix}aliases/"

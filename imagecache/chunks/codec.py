@@ -1,0 +1,65 @@
+"""How a store holds one chunk: raw or zstd, each alone, so that any chunk can be read by itself."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import zstandard
+
+from imagecache.chunks import BLOCK, MAX_CHUNK_BYTES
+from imagecache.errors import Corrupt
+
+DEFAULT_LEVEL = 3
+# What compression shrinks by less than 5 % is stored raw (design 3.3).
+WORTH_NUMERATOR, WORTH_DENOMINATOR = 95, 100
+
+
+class Codec(IntEnum):
+    """The encodings that a location may name; the numbers are part of the format."""
+
+    RAW = 0
+    ZSTD = 1
+
+
+class ChunkEncoder:
+    """Encodes chunks with one reusable zstd context; use one instance per thread."""
+
+    def __init__(self, level: int = DEFAULT_LEVEL) -> None:
+        self._zstd = zstandard.ZstdCompressor(level=level, write_content_size=True)
+
+    def encode(self, plaintext: bytes | memoryview) -> tuple[Codec, bytes]:
+        """The codec chosen for a chunk and its stored bytes."""
+        packed = self._zstd.compress(plaintext)
+        if len(packed) * WORTH_DENOMINATOR > len(plaintext) * WORTH_NUMERATOR:
+            return Codec.RAW, bytes(plaintext)
+        return Codec.ZSTD, packed
+
+
+def decode_chunk(codec: int, stored: bytes | memoryview, length: int) -> bytes:
+    """The plaintext of `length` bytes behind stored bytes.
+
+    Raises Corrupt for an unknown codec, a wrong length or a frame zstd refuses. The output is
+    capped at `length` before anything is allocated, whatever the frame claims.
+    """
+    if not 0 < length <= MAX_CHUNK_BYTES or length % BLOCK:
+        raise Corrupt(f"a chunk of {length} bytes is outside the format")
+    if codec == Codec.RAW:
+        plaintext = bytes(stored)
+    elif codec == Codec.ZSTD:
+        plaintext = _unzstd(stored, length)
+    else:
+        raise Corrupt(
+            f"chunk codec {codec} is unknown", remedy="a newer cubecache wrote it: upgrade"
+        )
+    if len(plaintext) != length:
+        raise Corrupt(f"a chunk decoded to {len(plaintext)} bytes instead of {length}")
+    return plaintext
+
+
+def _unzstd(stored: bytes | memoryview, length: int) -> bytes:
+    try:
+        if zstandard.frame_content_size(stored) != length:
+            raise Corrupt("a chunk's zstd frame names another content size")
+        return zstandard.ZstdDecompressor().decompress(stored, max_output_size=length)
+    except zstandard.ZstdError as error:
+        raise Corrupt(f"a chunk's zstd frame is damaged: {error}") from error
