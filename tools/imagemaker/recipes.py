@@ -67,9 +67,11 @@ print("{greeting}", numpy.__version__, "trace", matrix.trace(), flush=True)
 def _busybox_base() -> Sequence[Entry]:
     folders = ["dev", "etc", "home", "proc", "root", "run", "sys", "usr", "usr/sbin", "var"]
     users = b"root:x:0:0:root:/root:/bin/sh\nwww:x:33:33:www:/home:/bin/sh\n"
-    applets = "ash awk cat chmod cp cut date dd df du echo env false find grep head hostname id ls"
-    applets += " kill ln md5sum mkdir mknod mount mv od printf ps pwd readlink rm rmdir sed sh sha256sum sleep"
-    applets += " sort stat sync tail tar test touch tr true uname uniq vi wc xargs yes"
+    applets = "ash awk cat chmod cp cut date dd df du echo env false find grep head hostname id"
+    applets += " kill ln ls md5sum mkdir mknod mount mv od printf ps pwd readlink rm rmdir sed sh"
+    applets += (
+        " sha256sum sleep sort stat sync tail tar test touch tr true uname uniq vi wc xargs yes"
+    )
     return [
         *(directory(folder) for folder in folders),
         directory("tmp", 0o1777),
