@@ -1,0 +1,109 @@
+"""Reads pytest's JUnit report: fails on skipped tests, and writes the page of a soak run."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One test's end: `passed`, `failed` or `skipped`, with pytest's reason where there is one."""
+
+    name: str
+    result: str
+    seconds: float
+    reason: str
+
+
+def read_report(path: Path) -> list[Outcome]:
+    """The outcomes in the report that our own pytest has just written."""
+    outcomes = []
+    for case in ET.parse(path).iter("testcase"):
+        result, reason = "passed", ""
+        for child in case:
+            if child.tag in ("failure", "error"):
+                result, reason = "failed", child.get("message", "")
+            elif child.tag == "skipped":
+                result, reason = "skipped", child.get("message", "")
+        name = f"{case.get('classname', '')}.{case.get('name', '')}".lstrip(".")
+        outcomes.append(Outcome(name, result, float(case.get("time", "0")), reason))
+    return outcomes
+
+
+def machine() -> str:
+    """One line on where this ran: processor, cores, memory, kernel, Python."""
+    processor = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            processor = line.partition(":")[2].strip()
+            break
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return (
+        f"{processor}, {os.cpu_count()} cores, {memory:.0f} GiB, "
+        f"Linux {platform.release()}, Python {platform.python_version()}"
+    )
+
+
+def commit() -> str:
+    """The commit under test, marked when the work tree differs from it."""
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12", "--match="],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    return described.stdout.strip() or "unknown"
+
+
+def soak_page(outcomes: list[Outcome], when: str) -> str:
+    """The Markdown page of a soak run."""
+    lines = [
+        "# Soak run",
+        "",
+        "Written by `./tools/test --soak`; the big counts of the catalogue's rows.",
+        "",
+        f"* commit: {commit()}",
+        f"* machine: {machine()}",
+        f"* date: {when}",
+        f"* {sum(o.result == 'passed' for o in outcomes)} passed, "
+        f"{sum(o.result == 'failed' for o in outcomes)} failed",
+        "",
+        "| test | result | seconds |",
+        "| --- | --- | --- |",
+    ]
+    lines += [f"| `{o.name}` | {o.result} | {o.seconds:.1f} |" for o in outcomes]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Prints what was skipped and returns 1 when anything was, or when no test ran."""
+    parser = argparse.ArgumentParser(description="Judge a JUnit report of pytest.")
+    parser.add_argument("report", type=Path)
+    parser.add_argument("--write", type=Path, help="write the soak page here")
+    chosen = parser.parse_args()
+    if not chosen.report.exists():
+        print("test: pytest wrote no report", file=sys.stderr)
+        return 1
+    outcomes = read_report(chosen.report)
+    if chosen.write:
+        when = subprocess.run(
+            ["date", "--utc", "+%Y-%m-%d"], check=True, capture_output=True, text=True
+        )
+        chosen.write.write_text(soak_page(outcomes, when.stdout.strip()), encoding="utf-8")
+    skipped = [outcome for outcome in outcomes if outcome.result == "skipped"]
+    for outcome in skipped:
+        print(f"test: skipped: {outcome.name}: {outcome.reason}", file=sys.stderr)
+    if not outcomes:
+        print("test: no test ran", file=sys.stderr)
+    return 1 if skipped or not outcomes else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
