@@ -25,6 +25,7 @@ class Limits:
 
     entries: int = 2_000_000  # tar members that describe a file; also names in a decoded table
     path_bytes: int = 4095  # Linux PATH_MAX without its NUL
+    path_total_bytes: int = 512 * MIB  # of all names of a layer, written out
     name_bytes: int = 255
     depth: int = 2048
     symlink_bytes: int = 4095
