@@ -1,0 +1,100 @@
+/* Test driver of the pure parsers: "config FILE..." or "account USER PASSWD GROUP". Prints one line
+ * per answer; exits 0 unless a sanitizer ends it.
+ */
+#include "account.h"
+#include "config.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static uint8_t *read_file(const char *path, size_t *length)
+{
+    FILE *file = fopen(path, "rb");
+    if (file == NULL) {
+        perror(path);
+        exit(1);
+    }
+    struct buffer bytes = {0};
+    uint8_t chunk[65536];
+    size_t got;
+    while ((got = fread(chunk, 1, sizeof chunk, file)) > 0)
+        buffer_append(&bytes, chunk, got);
+    fclose(file);
+    /* An allocation of exactly this size lets the sanitizer see the first byte too many. */
+    uint8_t *exact = must_allocate(bytes.length);
+    if (bytes.length)
+        memcpy(exact, bytes.bytes, bytes.length);
+    *length = bytes.length;
+    buffer_free(&bytes);
+    return exact;
+}
+
+static void print_config(const struct config *config)
+{
+    printf("ok hostname=%s containers=%zu", config->hostname ? config->hostname : "-",
+           config->container_count);
+    for (size_t i = 0; i < config->container_count; i++)
+        printf(" [%u %s %s args=%zu env=%zu first=%s]", config->containers[i].id,
+               config->containers[i].root_disk, config->containers[i].root_fs,
+               config->containers[i].argument_count, config->containers[i].environment_count,
+               config->containers[i].arguments[0]);
+    putchar('\n');
+}
+
+static void check_config(const char *path)
+{
+    size_t length;
+    uint8_t *disk = read_file(path, &length);
+    struct config config = {0};
+    const char *error = NULL;
+    if (length < CONFIG_HEADER) {
+        puts("error too short for a header");
+    } else {
+        size_t body = config_body_length(disk, &error);
+        if (error == NULL && body > length - CONFIG_HEADER)
+            error = "shorter than its header says";
+        if (error == NULL)
+            error = config_parse(disk, disk + CONFIG_HEADER, body, &config);
+        if (error)
+            printf("error %s\n", error);
+        else
+            print_config(&config);
+        config_free(&config);
+    }
+    free(disk);
+}
+
+static void check_account(char **paths)
+{
+    size_t passwd_length, group_length;
+    char *passwd = (char *)read_file(paths[1], &passwd_length);
+    char *group = (char *)read_file(paths[2], &group_length);
+    struct account account;
+    const char *error =
+        account_resolve(paths[0], passwd, passwd_length, group, group_length, &account);
+    if (error)
+        printf("error %s\n", error);
+    else {
+        printf("ok uid=%u gid=%u home=%s groups=", account.uid, account.gid, account.home);
+        for (size_t i = 0; i < account.group_count; i++)
+            printf("%s%u", i ? "," : "", account.groups[i]);
+        putchar('\n');
+    }
+    free(passwd);
+    free(group);
+}
+
+int main(int count, char **words)
+{
+    if (count >= 3 && strcmp(words[1], "config") == 0)
+        for (int i = 2; i < count; i++)
+            check_config(words[i]);
+    else if (count == 5 && strcmp(words[1], "account") == 0)
+        check_account(words + 2);
+    else {
+        fputs("usage: check-parsers config FILE... | account USER PASSWD GROUP\n", stderr);
+        return 2;
+    }
+    return 0;
+}
