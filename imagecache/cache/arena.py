@@ -1,0 +1,422 @@
+"""The arena: verified chunks in one mapped file, within a byte budget, across restarts."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import xxhash
+
+from imagecache.cache.index import SlotIndex
+from imagecache.cache.indexqueue import IndexQueue
+from imagecache.cache.lease import Lease
+from imagecache.cache.lock import DirectoryLock
+from imagecache.cache.settings import ArenaSettings, ArenaStats, Integrity
+from imagecache.cache.slotfile import SLOT_BYTES, ShortFile, SlotFile
+from imagecache.cache.slots import Reservation, SlotTable
+from imagecache.cache.upkeep import start_upkeep
+from imagecache.chunks import BLOCK, chunk_digest
+from imagecache.errors import Denied, NoSpace, Unavailable
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+_TICK_SECONDS = 2.0
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_MEDIUM = (errno.EIO, errno.EUCLEAN, errno.ENODATA)
+_SUM_BYTES = 8
+
+
+class Arena:
+    """Chunks by digest. All methods belong to the loop that opened it."""
+
+    def __init__(
+        self, lock: DirectoryLock, file: SlotFile, index: SlotIndex, settings: ArenaSettings
+    ) -> None:
+        """Use `open`."""
+        self.settings = settings
+        self.file = file
+        self.view = file.view
+        self.table = SlotTable(settings.slot_count, settings.budget_bytes // BLOCK)
+        self._lock = lock
+        self._index = IndexQueue(index, settings.retry_seconds)
+        self._io = ThreadPoolExecutor(settings.workers, thread_name_prefix="arena-io")
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._sums: dict[int, bytes] | None = (
+            {} if settings.integrity is Integrity.EVERY_READ else None
+        )
+        self._degraded: str | None = None
+        self._retry_at = 0.0
+        self._closed = False
+        self._admitted_bytes = 0
+        self.admitted = self.refused = self.checked = self.quarantined = 0
+
+    # --- life
+
+    @classmethod
+    async def open(
+        cls, directory: Path, settings: ArenaSettings | None = None, *, lock_fd: int | None = None
+    ) -> Arena:
+        """The arena of a directory, made where there is none.
+
+        `lock_fd` is the descriptor of a predecessor that passes its lock on. Raises Busy (another
+        daemon, by pid), Unsupported (an index of a newer version), Denied, NoSpace or Unavailable.
+        """
+        settings = settings or ArenaSettings()
+        loop = asyncio.get_running_loop()
+        arena = await loop.run_in_executor(None, cls._open, directory, settings, lock_fd)
+        arena._start(arena._index.run(), arena._keep_ticking(), *start_upkeep(arena))
+        return arena
+
+    @classmethod
+    def _open(cls, directory: Path, settings: ArenaSettings, lock_fd: int | None) -> Arena:
+        lock: DirectoryLock | None = None
+        file: SlotFile | None = None
+        try:
+            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            lock = (
+                DirectoryLock.take(directory)
+                if lock_fd is None
+                else DirectoryLock.adopt(lock_fd, directory)
+            )
+            file = SlotFile(directory / "slots", settings.slot_count)
+            index = SlotIndex(directory / "index.db")
+            arena = cls(lock, file, index, settings)
+            arena._load(index)
+        except BaseException as error:
+            if file is not None:
+                file.close()
+            if lock is not None and lock_fd is None:
+                lock.release()
+            if isinstance(error, OSError):
+                raise _refusal(directory, error) from error
+            raise
+        return arena
+
+    def _load(self, index: SlotIndex) -> None:
+        table = self.table
+        for slot, digest, blocks in index.rows():
+            table.restore(slot, digest, blocks)
+        if index.lost:
+            for start, end in self.file.data_ranges():
+                for slot in range(start // SLOT_BYTES, -(-end // SLOT_BYTES)):
+                    low = max(start, slot * SLOT_BYTES)
+                    high = min(end, (slot + 1) * SLOT_BYTES)
+                    # Data need not start at the slot's start after a crash; its end counts.
+                    table.restore_unknown(
+                        slot, -(-(high - slot * SLOT_BYTES) // BLOCK) if high > low else 0
+                    )
+            for slot in table.present_slots():
+                self.note_recovered(slot)
+        end = self.file.size
+        table.can_punch = self.file.punch_range(end - BLOCK, BLOCK)
+        for first, last in table.restored():
+            self.file.punch_range(first * SLOT_BYTES, (last - first) * SLOT_BYTES)
+        self._note_evictions()
+
+    def _start(self, *jobs: Coroutine[Any, Any, None]) -> None:
+        for job in jobs:
+            task = asyncio.get_running_loop().create_task(job)
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def close(self) -> None:
+        """Ends upkeep, writes the index down, and gives the lock up; safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
+        for task in tuple(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(None, self._io.shutdown)
+        await self._index.close()
+        self.file.close()
+        self._lock.release()
+
+    @property
+    def lock_fd(self) -> int:
+        """The lock's descriptor, to pass to a successor."""
+        return self._lock.fd
+
+    # --- looking up
+
+    def holds(self, digest: bytes) -> bool:
+        """Whether a chunk is here, compared with its digest already or not."""
+        return self.table.find(digest) >= 0
+
+    @property
+    def degraded(self) -> str | None:
+        """Why the disk is not written at the moment; None while all is well."""
+        return self._degraded
+
+    def stats(self) -> ArenaStats:
+        """The counts of this moment."""
+        table = self.table
+        return ArenaStats(
+            chunks=len(table),
+            used_bytes=table.used_blocks * BLOCK,
+            budget_bytes=self.settings.budget_bytes,
+            unchecked=table.unchecked,
+            pinned=table.pinned,
+            leased=table.leased,
+            admitted=self.admitted,
+            refused=self.refused,
+            evicted=table.evictions,
+            wasted_ahead=table.wasted,
+            checked=self.checked,
+            quarantined=self.quarantined,
+            degraded=self._degraded,
+        )
+
+    def lease(self, digests: Iterable[bytes], seconds: float | None = None) -> Lease:
+        """Keeps content from eviction, whether it is here yet or not, until released or run out."""
+        lease = Lease(self.table, frozenset(digests))
+        if seconds is not None:
+            lease.ends_in(seconds)
+        return lease
+
+    # --- reading
+
+    async def copy(self, digest: bytes) -> bytes | None:
+        """A private copy of a chunk, compared with its digest; None where it is not here now.
+
+        What does not match, or cannot be read, is quarantined: the caller fetches it again.
+        """
+        table = self.table
+        slot = table.find(digest)
+        if slot < 0:
+            return None
+        table.pin(slot)
+        try:
+            return await self._read_checked(slot, digest)
+        finally:
+            table.unpin(slot)
+
+    async def _read_checked(self, slot: int, digest: bytes) -> bytes | None:
+        length = self.table.blocks[slot] * BLOCK
+
+        def job() -> tuple[bytes, bool, bytes | None]:
+            copy = self.file.read(slot, length)
+            right = chunk_digest(copy) == digest
+            return copy, right, block_sums(copy) if self._sums is not None else None
+
+        try:
+            copy, right, sums = await self._run(job)
+        except ShortFile:
+            self._tampered()
+            self._quarantine(slot, digest, "the file was truncated")
+            return None
+        except OSError as error:
+            self._quarantine(slot, digest, str(error), lost=error.errno in _MEDIUM)
+            return None
+        self.checked += 1
+        if not right:
+            self._quarantine(slot, digest, "its bytes do not match its digest")
+            return None
+        if self.table.find(digest) == slot:
+            self.table.trust(slot)
+            if self._sums is not None and sums is not None:
+                self._sums[slot] = sums
+        return copy
+
+    def peek(self, slot: int, offset: int, length: int) -> memoryview | None:
+        """A private copy of part of a checked slot, compared with its blocks' sums, on the loop.
+
+        None where that would block, or after the chunk was quarantined: then `copy` knows more.
+        For the policy `every-read`.
+        """
+        sums = self._sums.get(slot) if self._sums is not None else None
+        if sums is None:
+            return None
+        first, end = offset // BLOCK, -(-(offset + length) // BLOCK)
+        copy = self.file.read_now(slot, first * BLOCK, (end - first) * BLOCK)
+        if copy is None:
+            return None
+        view = memoryview(copy)
+        if block_sums(view) != sums[first * _SUM_BYTES : end * _SUM_BYTES]:
+            digest = self.table.digests[slot]
+            if digest is not None:
+                self._quarantine(slot, digest, "a block does not match its sum")
+            return None
+        start = offset - first * BLOCK
+        return view[start : start + length]
+
+    # --- writing
+
+    async def admit(self, chunks: Sequence[tuple[bytes, bytes]], *, ahead: bool) -> int:
+        """Keeps verified (digest, plaintext) pairs; how many of them are here afterwards.
+
+        `ahead`: fetched before anybody asked. Never raises for a disk that refuses: the chunks are
+        passed through, `degraded` says why, and a write is tried again later.
+        """
+        if self._degraded and asyncio.get_running_loop().time() < self._retry_at:
+            self.refused += len(chunks)
+            return 0
+        table = self.table
+        work: list[tuple[Reservation, bytes, bytes]] = []
+        present = 0
+        for digest, plaintext in chunks:
+            if table.find(digest) >= 0:
+                present += 1
+                continue
+            reservation = table.reserve(len(plaintext) // BLOCK)
+            if reservation is None:
+                self.refused += 1
+                continue
+            work.append((reservation, digest, plaintext))
+        self._note_evictions()
+        if not work:
+            return present
+        job = asyncio.ensure_future(self._run(lambda: self._write(work)))
+        try:
+            await asyncio.shield(job)
+        except asyncio.CancelledError:
+            # The thread goes on; its slots must not be given to anybody before it is done.
+            job.add_done_callback(lambda done: self._settle(work, done.result(), ahead))
+            raise
+        return present + self._settle(work, job.result(), ahead)
+
+    def _write(self, work: Sequence[tuple[Reservation, bytes, bytes]]) -> list[_Written]:
+        written = []
+        for reservation, _, plaintext in work:
+            outcome = _Written()
+            written.append(outcome)
+            try:
+                outcome.healed = self.file.heal_size()
+                for slot in reservation.punches:
+                    outcome.punched.append(self.file.punch(slot, 0, SLOT_BYTES // BLOCK))
+                self.file.write(reservation.slot, plaintext)
+                tail = reservation.stale_blocks - reservation.blocks
+                if tail > 0 and self.table.can_punch:
+                    self.file.punch(reservation.slot, reservation.blocks, tail)
+                if self._sums is not None:
+                    outcome.sums = block_sums(plaintext)
+            except OSError as error:
+                outcome.error = error
+        return written
+
+    def _settle(
+        self,
+        work: Sequence[tuple[Reservation, bytes, bytes]],
+        written: Sequence[_Written],
+        ahead: bool,
+    ) -> int:
+        table, kept = self.table, 0
+        for (reservation, digest, plaintext), outcome in zip(work, written, strict=True):
+            for number, slot in enumerate(reservation.punches):
+                done = number < len(outcome.punched) and outcome.punched[number]
+                table.punched(slot, given_back=done)
+            if False in outcome.punched:
+                table.can_punch = False
+            if outcome.healed:
+                self._tampered()
+            if outcome.error is not None or table.find(digest) >= 0:
+                table.abandon(reservation)
+                if outcome.error is not None:
+                    self._degrade(outcome.error)
+                continue
+            table.commit(reservation, digest, ahead=ahead)
+            if self._sums is not None and outcome.sums is not None:
+                self._sums[reservation.slot] = outcome.sums
+            self._index.note(reservation.slot, (digest, reservation.blocks))
+            kept += 1
+            self._advance(len(plaintext))
+        self.admitted += kept
+        if kept and self._degraded and all(outcome.error is None for outcome in written):
+            log.warning("cache %s: the disk takes writes again", self.file.path)
+            self._degraded = None
+        return kept
+
+    def _advance(self, admitted: int) -> None:
+        # A chunk's own first use must be over before a tick or two have passed, so a tick is a
+        # good part of the probationary queue.
+        self._admitted_bytes += admitted
+        if self._admitted_bytes * 40 >= self.settings.budget_bytes:
+            self._admitted_bytes = 0
+            self.table.recency.advance()
+
+    async def _keep_ticking(self) -> None:
+        while True:
+            await asyncio.sleep(_TICK_SECONDS)
+            self.table.recency.advance()
+
+    # --- failures
+
+    def _degrade(self, error: OSError) -> None:
+        kind = "the disk is full" if error.errno in _FULL else "the disk refuses writes"
+        reason = f"{kind}: {error.strerror}"
+        if self._degraded != reason:
+            log.warning("cache %s: %s; passing through", self.file.path, reason)
+        self._degraded = reason
+        self._retry_at = asyncio.get_running_loop().time() + self.settings.retry_seconds
+        self.refused += 1
+
+    def _tampered(self) -> None:
+        log.warning("cache %s: its size was changed by somebody; checking all", self.file.path)
+        self.table.distrust_all()
+        try:
+            self.file.heal_size()
+        except OSError as error:
+            self._degrade(error)
+
+    def _quarantine(self, slot: int, digest: bytes, reason: str, *, lost: bool = False) -> None:
+        if self.table.find(digest) != slot:
+            return
+        log.warning("cache chunk %s in slot %d: %s; dropped", digest.hex(), slot, reason)
+        self.table.drop(slot, lost=lost)
+        self.quarantined += 1
+        self._index.note(slot, None)
+        self._index.keep_evidence(slot, digest, reason)
+
+    # --- the index
+
+    def note_recovered(self, slot: int) -> None:
+        """A chunk that no index named was found in a slot: write it down."""
+        self._index.note(slot, (self.table.digest_of(slot), self.table.blocks[slot]))
+
+    def _note_evictions(self) -> None:
+        evicted, self.table.evicted = self.table.evicted, []
+        for slot in evicted:
+            self._index.note(slot, None)
+
+    def _run(self, job: Callable[[], T]) -> asyncio.Future[T]:
+        return asyncio.get_running_loop().run_in_executor(self._io, job)
+
+    async def run(self, job: Callable[[], T]) -> T:
+        """A blocking call on the arena's files, in its bounded executor."""
+        return await self._run(job)
+
+
+class _Written:
+    """What became of one write."""
+
+    __slots__ = ("error", "healed", "punched", "sums")
+
+    def __init__(self) -> None:
+        self.error: OSError | None = None
+        self.healed = False
+        self.punched: list[bool] = []
+        self.sums: bytes | None = None
+
+
+def block_sums(plaintext: bytes | memoryview) -> bytes:
+    """XXH3-64 of each block, 8 bytes each: a guard against rot, never an address."""
+    view = memoryview(plaintext)
+    digest = xxhash.xxh3_64_digest
+    return b"".join([digest(view[at : at + BLOCK]) for at in range(0, len(view), BLOCK)])
+
+
+def _refusal(directory: Path, error: OSError) -> Exception:
+    text = f"cache directory {directory}: {error.strerror}"
+    if error.errno in _FULL:
+        return NoSpace(text, remedy="free space, or choose another directory")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return Denied(text, remedy="give its owner the right to write there")
+    return Unavailable(text, remedy=f"see {os.fspath(directory)}")
