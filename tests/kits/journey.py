@@ -1,0 +1,144 @@
+"""The command under test as a user runs it: state dir, store, environment, daemon."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from testbed.processes import Process, Stage
+
+ROOT = Path(__file__).parents[2]
+COMMAND = ROOT / ".venv/bin/cubecache"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+    def lines(self) -> list[Any]:
+        return [json.loads(line) for line in self.out.splitlines()]
+
+
+@dataclass
+class Cubecache:
+    """One installation: every call uses its state dir and store."""
+
+    stage: Stage
+    state: Path
+    store: str | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def command(self, *arguments: str) -> list[str]:
+        command = [str(COMMAND), "--state-dir", str(self.state)]
+        if self.store:
+            command += ["--store", self.store]
+        return [*command, *arguments]
+
+    def full_environment(self, extra: Mapping[str, str] | None = None) -> dict[str, str]:
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("CUBECACHE_", "AWS_"))}
+        return kept | self.environment | dict(extra or {})
+
+    def run(
+        self,
+        *arguments: str,
+        expect: int | None = 0,
+        seconds: float = 240,
+        environment: Mapping[str, str] | None = None,
+    ) -> Answer:
+        """Runs a command to its end; whatever its end, a traceback fails the test."""
+        outcome = subprocess.run(
+            self.command(*arguments),
+            check=False,
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            timeout=seconds,
+            env=self.full_environment(environment),
+        )
+        answer = Answer(
+            outcome.returncode,
+            outcome.stdout.decode(errors="replace"),
+            outcome.stderr.decode(errors="replace"),
+        )
+        assert "Traceback" not in answer.err, answer.err
+        if expect is not None:
+            assert answer.code == expect, f"{arguments} ended with {answer}"
+        return answer
+
+    def preload(self, image: str) -> dict[str, Any]:
+        (found,) = self.run("preload", image, "--json").lines()
+        return dict(found)
+
+    def serve(self, *arguments: str) -> "Daemon":
+        """Starts the daemon and returns when its control socket answers."""
+        process = self.stage.start(
+            self.command("serve", *arguments), environment=self.full_environment()
+        )
+        socket = self.state / "control.sock"
+        process.wait_until(lambda: socket.exists() and self._answers(), 60)
+        return Daemon(self, process)
+
+    def _answers(self) -> bool:
+        return self.run("exports", "--json", expect=None).code == 0
+
+
+@dataclass
+class Daemon:
+    """A running `cubecache serve`."""
+
+    owner: Cubecache
+    process: Process
+
+    def export(self, image: str, *arguments: str) -> str:
+        """Exports an image and returns its NBD URI."""
+        uri = self.owner.run("export", image, *arguments).out.strip()
+        assert uri.startswith("nbd+unix:///"), uri
+        return uri
+
+    def stop(self) -> int:
+        return self.process.stop(30)
+
+    def crash(self) -> None:
+        self.process.kill()
+
+
+def interrupt_after(command: list[str], environment: dict[str, str], seconds: float) -> Answer:
+    """Starts a command, sends it SIGINT after a while, and returns how it ended."""
+    child = subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        time.sleep(seconds)
+        os.killpg(child.pid, signal.SIGINT)
+        out, err = child.communicate(timeout=60)
+    except BaseException:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.communicate()
+        raise
+    return Answer(child.returncode, out.decode(), err.decode())
+
+
+def tool(*command: str, expect: int | None = 0, seconds: float = 240) -> Answer:
+    """Runs an outside program that must be there."""
+    outcome = subprocess.run(
+        command, check=False, capture_output=True, text=True, errors="replace", timeout=seconds
+    )
+    if expect is not None:
+        assert outcome.returncode == expect, f"{command}: {outcome.stdout}{outcome.stderr}"
+    return Answer(outcome.returncode, outcome.stdout, outcome.stderr)
