@@ -80,7 +80,7 @@ class FileTableBuilder:
             return False
         parent, last = name
         if last not in parent.children:
-            self._count_path(len(parent.path) + 1 + len(last), "member " + shown(raw))
+            self._count_path(len(parent.path) + 1 + len(last), header)
         if self._lower_targets and parent.below(last) in self._lower_targets:
             raise Rejected(
                 f"{_where(header)} is the target of a hard link that stands before it in the layer"
@@ -123,7 +123,7 @@ class FileTableBuilder:
         key = b"/".join(parts)
         parent = self._parents.get(key)
         if parent is None:
-            parent = self._make_parents(parts, where)
+            parent = self._make_parents(parts, header)
             if len(self._parents) > 20_000:
                 self._forget_parents()
             self._parents[key] = parent
@@ -134,22 +134,22 @@ class FileTableBuilder:
     def _forget_parents(self) -> None:
         self._parents = {b"": self._root}
 
-    def _count_path(self, size: int, where: str) -> None:
+    def _count_path(self, size: int, header: Header) -> None:
         """Count one more name of `size` path bytes against the caps."""
         self._names += 1
         self._path_bytes += size
         if size > self._limits.path_bytes:
             raise LimitExceeded(
-                f"{where}: its path through symlinks is longer than {self._limits.path_bytes} bytes"
+                f"{_where(header)}: its path through symlinks is longer than {self._limits.path_bytes} bytes"
             )
         if self._names > self._limits.entries or self._path_bytes > self._limits.path_total_bytes:
             raise LimitExceeded(
-                f"{where}: the layer has more than {self._limits.entries} names, or its paths more "
+                f"{_where(header)}: the layer has more than {self._limits.entries} names, or its paths more "
                 f"than {self._limits.path_total_bytes} bytes",
                 remedy="raise the limits entries and path_total_bytes if this image is trusted",
             )
 
-    def _make_parents(self, parts: list[bytes], where: str) -> _Directory:
+    def _make_parents(self, parts: list[bytes], header: Header) -> _Directory:
         """The directory that `parts` lead to, through symlinks; what is missing is made."""
         stack = [self._root]
         hops = 0
@@ -171,15 +171,17 @@ class FileTableBuilder:
             if target is not None:
                 hops += 1
                 if hops > self._limits.symlink_hops:
-                    raise Rejected(f"{where}: its path has more than {hops - 1} symlinks")
+                    raise Rejected(f"{_where(header)}: its path has more than {hops - 1} symlinks")
                 if target.startswith(b"/"):
                     del stack[1:]
                 ahead.extend(reversed(target.split(b"/")))
                 continue
             if len(part) > self._limits.name_bytes:
-                raise LimitExceeded(f"{where}: a symlink leads to the long name {shown(part)}")
+                raise LimitExceeded(
+                    f"{_where(header)}: a symlink leads to the long name {shown(part)}"
+                )
             made = _Directory(here.below(part))
-            self._count_path(len(made.path), where)
+            self._count_path(len(made.path), header)
             here.children[part] = made
             stack.append(made)
         return stack[-1]
@@ -197,7 +199,7 @@ class FileTableBuilder:
         if meaning is None:
             return False
         kind, path = meaning
-        self._count_path(len(path), where)
+        self._count_path(len(path), header)
         if kind == "whiteout":
             self._whiteouts.add(path)
         elif kind == "opaque":
@@ -328,7 +330,7 @@ class FileTableBuilder:
             elif part not in (b"", b"."):
                 lower.append(part)
         target_path = stack[-1].below(b"/".join(lower))
-        self._count_path(len(target_path), where)
+        self._count_path(len(target_path), header)
         if target_path == parent.below(name):
             raise Rejected(f"{where} is a hard link to itself")
         self._lower_targets.add(target_path)
