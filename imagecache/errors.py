@@ -7,6 +7,8 @@ they are born. Nothing else crosses a module border. Each border has one table: 
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class CubecacheError(Exception):
     """Base of every expected failure: names the object, and the remedy where one is known."""
@@ -81,3 +83,36 @@ def exit_code(error: BaseException) -> int:
         if isinstance(error, kind):
             return code
     return 70
+
+
+_KINDS: dict[str, type[CubecacheError]] = {
+    kind.__name__: kind
+    for kind in (
+        UsageError,
+        Rejected,
+        LimitExceeded,
+        NotFound,
+        Unavailable,
+        Denied,
+        Corrupt,
+        Busy,
+        NoSpace,
+        Unsupported,
+    )
+}
+
+
+def as_record(error: CubecacheError) -> dict[str, Any]:
+    """An error as JSON values, for a process border; subclasses travel as their public kind."""
+    kind = next(
+        (name for base in type(error).__mro__ for name in _KINDS if name == base.__name__),
+        "CubecacheError",
+    )
+    return {"kind": kind, "message": error.message, "remedy": error.remedy}
+
+
+def from_record(record: dict[str, Any]) -> CubecacheError:
+    """The inverse of `as_record`; an unknown kind becomes a plain CubecacheError."""
+    kind = _KINDS.get(str(record.get("kind")), CubecacheError)
+    remedy = record.get("remedy")
+    return kind(str(record.get("message")), remedy=remedy if isinstance(remedy, str) else None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from urllib.parse import quote
 
 from blake3 import blake3
 
@@ -16,6 +15,8 @@ FORMAT_VERSION = 1
 """Raised whenever the same image would get other digests."""
 
 _REALM = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+_PLAIN = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._:@-")
+_MAX_SEGMENT = 180
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +89,25 @@ class RealmKeys:
         """An OCI manifest or config, as the registry had it."""
         return f"{self.prefix}blobs/{digest.replace(':', '-')}"
 
-    def alias(self, name: str) -> str:
-        """A mutable name; its text is percent-encoded into one key segment."""
-        return f"{self.aliases}{quote(name, safe='')}.json"
+    def alias(self, repository: str, tag: str) -> str:
+        """A mutable name; repository and tag are each escaped into one key segment."""
+        return f"{self.aliases_of(repository)}{_segment(tag)}.json"
+
+    def aliases_of(self, repository: str) -> str:
+        """The prefix of one repository's aliases."""
+        return f"{self.aliases}{_segment(repository)}/"
 
     @property
     def aliases(self) -> str:
         """The prefix of all aliases."""
         return f"{self.prefix}aliases/"
+
+
+def _segment(text: str) -> str:
+    """One key segment for any text: bytes outside the key grammar as `=XX`, long ones by digest."""
+    escaped = "".join(
+        chr(byte) if byte in _PLAIN else f"={byte:02X}" for byte in text.encode(errors="replace")
+    )
+    if len(escaped) > _MAX_SEGMENT:
+        escaped = escaped[:100] + "~" + blake3(text.encode(errors="replace")).hexdigest()[:32]
+    return f"n.{escaped}"

@@ -90,8 +90,10 @@ class LayerRecord:
 
 @dataclass(frozen=True, slots=True)
 class AliasRecord:
-    """A mutable name of an image."""
+    """A mutable name of an image: `name` is the reference's text, split at its tag."""
 
+    repository: str
+    tag: str
     name: str
     image: str
 
@@ -105,7 +107,12 @@ class AliasRecord:
     def decode(cls, raw: bytes) -> AliasRecord:
         """Raises Corrupt or Unsupported."""
         fields = _decode(cls.KIND, raw)
-        return cls(name=_text(fields, "name"), image=_match(fields, "image", _OCI_DIGEST))
+        return cls(
+            repository=_text(fields, "repository"),
+            tag=_text(fields, "tag"),
+            name=_text(fields, "name"),
+            image=_match(fields, "image", _OCI_DIGEST),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,5 @@
+"""`python -m imagecache` is the `cubecache` command."""
+
+from imagecache.cli import main
+
+main()

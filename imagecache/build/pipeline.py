@@ -1,0 +1,397 @@
+"""The build pipeline: reference in, committed block image out."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import time
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from imagecache.blockimage.keys import FORMAT_VERSION, ImageKey
+from imagecache.blockimage.locations import LocationTable
+from imagecache.blockimage.manifest import BlockManifest, Face
+from imagecache.blockimage.records import LayerRecord, RootRecord
+from imagecache.build.progress import BuildResult, Progress, Report, Stage
+from imagecache.build.spool import Spool
+from imagecache.build.workers import run_worker
+from imagecache.catalog import AliasName, Catalog
+from imagecache.chunks.codec import DEFAULT_LEVEL
+from imagecache.errors import NotFound
+from imagecache.flatten.limits import Limits
+from imagecache.oci.platform import Platform
+from imagecache.oci.source import ImageLayer, ImageSource, ResolvedImage
+
+UPLOADS = 4
+MAX_REFERENCES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class BuildSettings:
+    """Bounds of a build; none of them reaches an identity."""
+
+    limits: Limits = field(default_factory=Limits)
+    level: int = DEFAULT_LEVEL
+    deadline_seconds: float = 3600.0
+    worker_memory_bytes: int = 4 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """A converted layer on this disk: plaintext index and location table."""
+
+    index: Path
+    locations: Path
+
+    def pair(self) -> tuple[str, str]:
+        return str(self.index), str(self.locations)
+
+
+class Builder:
+    """Builds images of one realm through one spool; the caller holds the builder's lock."""
+
+    def __init__(self, catalog: Catalog, spool: Spool, settings: BuildSettings) -> None:
+        self.catalog = catalog
+        self.spool = spool
+        self.settings = settings
+
+    async def build(
+        self,
+        source: ImageSource,
+        platform: Platform,
+        *,
+        face: Face,
+        options: str,
+        alias: AliasName,
+        report: Report,
+    ) -> BuildResult:
+        """Builds and commits one image, or finds it committed.
+
+        Raises the typed errors of every part; nothing half-made is visible after one.
+        """
+        started = time.monotonic()
+        report(Progress(Stage.RESOLVE, 0, 0))
+        image = await source.resolve(platform)
+        resolved = time.monotonic() - started
+        generation = await self.catalog.active_generation()
+        key = ImageKey(str(image.digest), face, options)
+        try:
+            root = await self.catalog.root_in(key, generation)
+            result = _result_of(root, alias)
+        except NotFound:
+            job = _Job(
+                catalog=self.catalog,
+                spool=self.spool,
+                settings=self.settings,
+                source=source,
+                image=image,
+                key=key,
+                generation=generation,
+                alias=alias,
+                report=report,
+            )
+            result = await job.run(platform)
+        result.stages[Stage.RESOLVE] = resolved
+        await self._point(alias, str(image.digest))
+        result.seconds = time.monotonic() - started
+        return result
+
+    async def _point(self, alias: AliasName, image: str) -> None:
+        try:
+            if (await self.catalog.alias(alias)).image == image:
+                return
+        except NotFound:
+            pass
+        await self.catalog.put_alias(alias, image)
+
+
+def _result_of(root: RootRecord, alias: AliasName) -> BuildResult:
+    return BuildResult(
+        name=alias.text,
+        image=root.image,
+        block_image=root.block_image,
+        size_bytes=root.size_bytes,
+        chunks=root.chunks,
+        layers=len(root.layers),
+    )
+
+
+@dataclass(kw_only=True, slots=True)
+class _Job:
+    """One image on its way; lives for one build."""
+
+    catalog: Catalog
+    spool: Spool
+    settings: BuildSettings
+    source: ImageSource
+    image: ResolvedImage
+    key: ImageKey
+    generation: int
+    alias: AliasName
+    report: Report
+    stored_bytes: int = 0
+    downloaded_bytes: int = 0
+    new_chunks: int = 0
+    stages: dict[str, float] = field(default_factory=dict)
+
+    async def run(self, platform: Platform) -> BuildResult:
+        layers = list(dict.fromkeys(self.image.layers))
+        records = {layer.diff_id: await self._find(layer) for layer in layers}
+        missing = [layer for layer in layers if records[layer.diff_id] is None]
+        wanted = {str(layer.descriptor.digest) for layer in missing}
+        await asyncio.to_thread(self.spool.prepare, wanted)
+        largest = max((layer.descriptor.size for layer in missing), default=0)
+        await asyncio.to_thread(self.spool.require_room, largest)
+        known = await self._references()
+        placed: dict[Any, _Placed] = {}
+        try:
+            async with self._downloads(missing) as ready:
+                for number, layer in enumerate(layers, 1):
+                    record = records[layer.diff_id]
+                    if record is None:
+                        await ready[layer.diff_id]
+                        pairs = [x.pair() for x in (*placed.values(), *known)]
+                        placed[layer.diff_id] = await self._convert(
+                            layer, number, len(layers), pairs
+                        )
+                    else:
+                        placed[layer.diff_id] = await self._fetch_layer(record, number)
+            root = await self._assemble(placed, known, platform)
+        finally:
+            await asyncio.to_thread(shutil.rmtree, self.spool.work, ignore_errors=True)
+        with self._timed(Stage.COMMIT):
+            self.report(Progress(Stage.COMMIT, 0, len(layers)))
+            await self.catalog.commit(self.key, root)
+        self.stored_bytes += len(root.encode())
+        await asyncio.to_thread(self.spool.prepare, set())
+        result = _result_of(root, self.alias)
+        result.new_chunks = self.new_chunks
+        result.stored_bytes = self.stored_bytes
+        result.new_layers = len(missing)
+        result.downloaded_bytes = self.downloaded_bytes
+        result.stages = self.stages
+        return result
+
+    async def _find(self, layer: ImageLayer) -> LayerRecord | None:
+        try:
+            return await self.catalog.find_layer(str(layer.diff_id), self.generation)
+        except NotFound:
+            return None
+
+    @contextmanager
+    def _timed(self, stage: Stage) -> Any:
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            spent = time.monotonic() - started
+            self.stages[stage] = self.stages.get(stage, 0.0) + spent
+
+    @asynccontextmanager
+    async def _downloads(
+        self, missing: Iterable[ImageLayer]
+    ) -> AsyncIterator[dict[Any, asyncio.Future[None]]]:
+        """Downloads blobs one after another, ahead of the conversions; a future per diff id."""
+        layers = list(missing)
+        loop = asyncio.get_running_loop()
+        ready = {layer.diff_id: loop.create_future() for layer in layers}
+
+        async def download() -> None:
+            for number, layer in enumerate(layers, 1):
+                try:
+                    with self._timed(Stage.PULL):
+                        await self._pull(layer, number, len(layers))
+                except Exception as error:
+                    ready[layer.diff_id].set_exception(error)
+                    return
+                ready[layer.diff_id].set_result(None)
+
+        task = asyncio.create_task(download())
+        try:
+            yield ready
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            for future in ready.values():
+                if future.done() and not future.cancelled():
+                    future.exception()
+                else:
+                    future.cancel()
+
+    async def _pull(self, layer: ImageLayer, number: int, layers: int) -> None:
+        size = layer.descriptor.size
+        target = self.spool.blob(str(layer.descriptor.digest))
+        if await asyncio.to_thread(target.exists):
+            return  # a resumed build: only verified blobs carry the final name
+        self.report(Progress(Stage.PULL, number, layers, 0, size))
+        await self.source.fetch_blob(
+            layer.descriptor,
+            target,
+            lambda done: self.report(Progress(Stage.PULL, number, layers, done, size)),
+        )
+        self.downloaded_bytes += size
+
+    async def _convert(
+        self, layer: ImageLayer, number: int, layers: int, known: list[tuple[str, str]]
+    ) -> _Placed:
+        directory = await asyncio.to_thread(self.spool.directory, f"layer-{number}")
+        blob = self.spool.blob(str(layer.descriptor.digest))
+        job = {
+            "kind": "layer",
+            "blob": str(blob),
+            "diff_id": str(layer.diff_id),
+            "directory": str(directory),
+            "known": known,
+        }
+        with self._timed(Stage.FLATTEN):
+            await self._work(
+                job,
+                lambda done: self.report(
+                    Progress(Stage.FLATTEN, number, layers, done, layer.descriptor.size)
+                ),
+            )
+        with self._timed(Stage.STORE):
+            index = await self._put("indexes", directory / "index")
+            locations = await self._put("locations", directory / "locations")
+            record = LayerRecord(str(layer.diff_id), index.hex(), locations.hex())
+            await self.catalog.put_layer(record, self.generation)
+            self.stored_bytes += len(record.encode())
+        await asyncio.to_thread(blob.unlink, missing_ok=True)
+        return _Placed(directory / "index", directory / "locations")
+
+    async def _put(self, kind: str, path: Path) -> bytes:
+        name, stored = await self.catalog.put_sealed(kind, await asyncio.to_thread(path.read_bytes))
+        self.stored_bytes += stored
+        return name
+
+    async def _work(self, job: dict[str, Any], progress: Any) -> dict[str, Any]:
+        """Runs a worker and stores its packs as they come; its "done" event."""
+        settings = self.settings
+        job |= {
+            "limits": asdict(settings.limits),
+            "level": settings.level,
+            "memory_bytes": settings.worker_memory_bytes,
+        }
+        places = asyncio.Semaphore(UPLOADS)
+        done: dict[str, Any] = {}
+        async with asyncio.TaskGroup() as uploads:
+            async for event in run_worker(job, deadline_seconds=settings.deadline_seconds):
+                if event["event"] == "progress":
+                    progress(event["bytes"])
+                elif event["event"] == "pack":
+                    await places.acquire()
+                    task = uploads.create_task(self._store_pack(event))
+                    task.add_done_callback(lambda _: places.release())
+                else:
+                    done = event
+        self.new_chunks += done["new_chunks"]
+        return done
+
+    async def _store_pack(self, event: dict[str, Any]) -> None:
+        path = Path(event["path"])
+        key = self.catalog.keys.pack(bytes.fromhex(event["name"]))
+        await self.catalog.store.put(key, path)
+        self.stored_bytes += event["length"]
+        await asyncio.to_thread(path.unlink)
+
+    async def _fetch_layer(self, record: LayerRecord, number: int) -> _Placed:
+        """Brings a known layer's index and table here; its blob is not needed."""
+        directory = await asyncio.to_thread(self.spool.directory, f"layer-{number}")
+        return await self._fetch_pair(
+            directory, "indexes", bytes.fromhex(record.index), bytes.fromhex(record.locations)
+        )
+
+    async def _fetch_pair(
+        self, directory: Path, kind: str, subject: bytes, locations: bytes
+    ) -> _Placed:
+        placed = _Placed(directory / "index", directory / "locations")
+        plaintext = await self.catalog.sealed(kind, subject)
+        await asyncio.to_thread(placed.index.write_bytes, plaintext)
+        plaintext = await self.catalog.sealed("locations", locations)
+        await asyncio.to_thread(placed.locations.write_bytes, plaintext)
+        return placed
+
+    async def _references(self) -> list[_Placed]:
+        """Earlier images of the same repository, whose chunks need not be stored again."""
+        found: list[_Placed] = []
+        images = {
+            record.image: None for record in await self.catalog.aliases(self.alias.repository)
+        }
+        for image in images:
+            key = ImageKey(image, self.key.face, self.key.options)
+            try:
+                root = await self.catalog.root_in(key, self.generation)
+            except NotFound:
+                continue
+            directory = await asyncio.to_thread(self.spool.directory, f"reference-{len(found)}")
+            found.append(
+                await self._fetch_pair(
+                    directory,
+                    "manifests",
+                    bytes.fromhex(root.block_image),
+                    bytes.fromhex(root.locations),
+                )
+            )
+            if len(found) == MAX_REFERENCES:
+                break
+        return found
+
+    async def _assemble(
+        self, placed: dict[Any, _Placed], known: list[_Placed], platform: Platform
+    ) -> RootRecord:
+        directory = await asyncio.to_thread(self.spool.directory, "image")
+        image = self.image
+        self.report(Progress(Stage.FLATTEN, 0, len(image.layers)))
+        with self._timed(Stage.FLATTEN):
+            await self._work(
+                {
+                    "kind": "image",
+                    "directory": str(directory),
+                    "layers": [placed[layer.diff_id].pair() for layer in image.layers],
+                    "known": [x.pair() for x in known],
+                    "face": int(self.key.face),
+                    "options": self.key.options,
+                },
+                lambda _: None,
+            )
+        with self._timed(Stage.STORE):
+            self.report(Progress(Stage.STORE, 0, len(image.layers)))
+            block_image = await self._put("manifests", directory / "manifest")
+            locations = await self._put("locations", directory / "locations")
+            for digest, raw in (
+                (str(image.digest), image.manifest_raw),
+                (str(image.manifest.config.digest), image.config_raw),
+            ):
+                await self.catalog.put_blob(digest, raw)
+                self.stored_bytes += len(raw)
+        return await asyncio.to_thread(
+            _root_record, self, platform, directory, block_image, locations
+        )
+
+
+def _root_record(
+    job: _Job, platform: Platform, directory: Path, block_image: bytes, locations: bytes
+) -> RootRecord:
+    manifest = BlockManifest.decode((directory / "manifest").read_bytes())
+    table = LocationTable.decode((directory / "locations").read_bytes())
+    image = job.image
+    return RootRecord(
+        realm=job.catalog.keys.realm,
+        generation=job.generation,
+        image=str(image.digest),
+        face=manifest.face.name.lower(),
+        options=manifest.options,
+        format_version=FORMAT_VERSION,
+        platform=str(platform),
+        config=str(image.manifest.config.digest),
+        block_image=block_image.hex(),
+        locations=locations.hex(),
+        layers=tuple(str(layer.diff_id) for layer in image.layers),
+        packs=tuple(name.hex() for name in table.packs),
+        size_bytes=manifest.size_bytes,
+        chunks=len(manifest.chunks),
+        packed_bytes=sum(table.stored_lengths),
+    )

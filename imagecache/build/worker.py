@@ -1,0 +1,119 @@
+"""The worker process: one job on stdin, JSON lines on stdout, then it ends.
+
+`python -m imagecache.build.worker` reads {"kind": "layer" | "image", ...}; events are
+{"event": "pack" | "progress" | "done" | "error", ...}. It parses hostile bytes, so its parent
+gives it a deadline and a memory limit, and believes nothing but the files it names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from imagecache.blockimage.layerindex import LayerIndex
+from imagecache.blockimage.manifest import Face
+from imagecache.build.assemble import assemble
+from imagecache.build.chunksink import FinishedPack
+from imagecache.build.convert import LayerConverter
+from imagecache.build.known import known_chunks
+from imagecache.errors import CubecacheError, as_record
+from imagecache.flatten.limits import Limits
+
+JOB_LIMIT = 8 << 20
+
+
+def emit(event: str, **values: Any) -> None:
+    """Writes one event line."""
+    sys.stdout.write(json.dumps({"event": event, **values}) + "\n")
+    sys.stdout.flush()
+
+
+def announce(pack: FinishedPack) -> None:
+    """Tells the parent of a pack that is ready to be stored."""
+    emit("pack", path=str(pack.path), name=pack.name.hex(), length=pack.length)
+
+
+def run_layer(job: dict[str, Any]) -> dict[str, Any]:
+    """Converts one layer; the index and location table are left in the output directory."""
+    directory = Path(job["directory"])
+    converter = LayerConverter(
+        directory,
+        known_chunks([(Path(a), Path(b)) for a, b in job["known"]]),
+        announce,
+        lambda count: emit("progress", bytes=count),
+        limits=_limits(job),
+        level=job["level"],
+    )
+    with Path(job["blob"]).open("rb") as blob:
+        result = converter.convert(blob, job["diff_id"])
+    (directory / "index").write_bytes(result.index)
+    (directory / "locations").write_bytes(result.locations)
+    return {
+        "files": result.files,
+        "chunks": result.chunks,
+        "new_chunks": result.new_chunks,
+        "stored_bytes": result.stored_bytes,
+    }
+
+
+def run_image(job: dict[str, Any]) -> dict[str, Any]:
+    """Assembles one image; the manifest and location table are left in the output directory."""
+    directory = Path(job["directory"])
+    pairs = [(Path(a), Path(b)) for a, b in job["layers"]]
+    layers = []
+    for index_path, _ in pairs:
+        plaintext = index_path.read_bytes()
+        layers.append((LayerIndex.decode(plaintext), blake3(plaintext).digest()))
+    result = assemble(
+        directory,
+        layers,
+        known_chunks(pairs + [(Path(a), Path(b)) for a, b in job["known"]]),
+        announce,
+        face=Face(job["face"]),
+        options=job["options"],
+        limits=_limits(job),
+        level=job["level"],
+    )
+    (directory / "manifest").write_bytes(result.manifest)
+    (directory / "locations").write_bytes(result.locations)
+    return {"new_chunks": result.new_chunks, "stored_bytes": result.stored_bytes}
+
+
+def _limits(job: dict[str, Any]) -> Limits:
+    known = {field.name for field in fields(Limits)}
+    return Limits(**{name: value for name, value in job["limits"].items() if name in known})
+
+
+def main() -> int:
+    """Runs the job on stdin; exit status 0 even for a typed error, which is an event."""
+    job = json.loads(sys.stdin.buffer.read(JOB_LIMIT))
+    limit = job.get("memory_bytes", 0)
+    if limit:
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    os.umask(0o077)
+    kinds = {"layer": run_layer, "image": run_image}
+    try:
+        emit("done", **kinds[job["kind"]](job))
+    except CubecacheError as error:
+        emit("error", **as_record(error))
+    except MemoryError:
+        emit(
+            "error",
+            kind="LimitExceeded",
+            message=f"a conversion needs more than {limit} bytes of memory",
+            remedy="raise [build] worker_memory_bytes",
+        )
+    except OSError as error:
+        emit("error", kind="NoSpace" if error.errno == 28 else "Unavailable", message=str(error))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

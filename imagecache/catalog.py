@@ -1,0 +1,192 @@
+"""The catalog: what a realm of a store holds, by name, by image and by layer.
+
+It reads and writes the small records and sealed objects. Generations, roots and aliases are read
+here and nowhere else, so that "not there" and "could not ask" stay apart for every caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from imagecache.blockimage.envelope import MAX_PLAINTEXT, seal, unseal
+from imagecache.blockimage.keys import ImageKey, RealmKeys
+from imagecache.blockimage.layerindex import LayerIndex
+from imagecache.blockimage.locations import LocationTable
+from imagecache.blockimage.manifest import BlockManifest
+from imagecache.blockimage.records import (
+    MAX_RECORD,
+    AliasRecord,
+    GenerationRecord,
+    LayerRecord,
+    RootRecord,
+)
+from imagecache.errors import Corrupt, NotFound, UsageError
+from imagecache.store.base import Store
+
+FIRST_GENERATION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class AliasName:
+    """A reference split where an alias is split: `tag` is a tag, or `@` and a digest."""
+
+    repository: str
+    tag: str
+    text: str
+
+
+class Catalog:
+    """One realm of one store."""
+
+    def __init__(self, store: Store, realm: str) -> None:
+        self.store = store
+        self.keys = RealmKeys(realm)
+
+    async def active_generation(self) -> int:
+        """The generation that new objects go into; the first is opened on first use."""
+        numbers = [record.number for record in await self._generations("active")]
+        if numbers:
+            return max(numbers)
+        first = GenerationRecord(FIRST_GENERATION, "active")
+        await self.store.put(
+            self.keys.generation(first.number), first.encode(), only_if_absent=True
+        )
+        return first.number
+
+    async def _generations(self, *states: str) -> list[GenerationRecord]:
+        prefix = f"{self.keys.prefix}generations/"
+        found = []
+        async for stat in self.store.list(prefix):
+            record = GenerationRecord.decode(await self.store.get(stat.key, limit=MAX_RECORD))
+            if record.state in states:
+                found.append(record)
+        return found
+
+    async def readable_generations(self) -> list[int]:
+        """Generations that may be read from, newest first."""
+        records = await self._generations("active", "retired")
+        return sorted((record.number for record in records), reverse=True)
+
+    async def find_root(self, key: ImageKey) -> RootRecord:
+        """The newest readable root of an image; NotFound where there is none."""
+        for generation in await self.readable_generations():
+            try:
+                return await self.root_in(key, generation)
+            except NotFound:
+                continue
+        raise NotFound(
+            f"image {key.image} is not in realm {self.keys.realm}",
+            remedy="cubecache preload IMAGE",
+        )
+
+    async def root_in(self, key: ImageKey, generation: int) -> RootRecord:
+        """The root of an image in one generation."""
+        raw = await self.store.get(self.keys.root(key, generation), limit=MAX_RECORD)
+        return self._own(RootRecord.decode(raw))
+
+    def _own(self, root: RootRecord) -> RootRecord:
+        if root.realm != self.keys.realm:
+            raise Corrupt(f"a root of realm {root.realm} lies in realm {self.keys.realm}")
+        return root
+
+    async def commit(self, key: ImageKey, root: RootRecord) -> None:
+        """Writes the root record: from here on the image exists."""
+        await self.store.put(self.keys.root(key, root.generation), root.encode())
+
+    async def roots(self) -> AsyncIterator[RootRecord]:
+        """Every readable root; an image in two generations comes once, from the newer."""
+        seen: set[str] = set()
+        for generation in await self.readable_generations():
+            async for stat in self.store.list(self.keys.roots(generation)):
+                name = stat.key.rsplit("/", 1)[1]
+                if name in seen:
+                    continue
+                seen.add(name)
+                raw = await self.store.get(stat.key, limit=MAX_RECORD)
+                yield self._own(RootRecord.decode(raw))
+
+    async def find_layer(self, diff_id: str, generation: int) -> LayerRecord:
+        """The converted layer of a diff id in one generation."""
+        key = self.keys.layer(diff_id, generation)
+        return LayerRecord.decode(await self.store.get(key, limit=MAX_RECORD))
+
+    async def put_layer(self, record: LayerRecord, generation: int) -> None:
+        """Makes a converted layer findable."""
+        await self.store.put(self.keys.layer(record.diff_id, generation), record.encode())
+
+    async def alias(self, name: AliasName) -> AliasRecord:
+        """The image that a name stands for."""
+        raw = await self.store.get(self.keys.alias(name.repository, name.tag), limit=MAX_RECORD)
+        return AliasRecord.decode(raw)
+
+    async def put_alias(self, name: AliasName, image: str) -> None:
+        """Points a name at an image."""
+        record = AliasRecord(name.repository, name.tag, name.text, image)
+        await self.store.put(self.keys.alias(name.repository, name.tag), record.encode())
+
+    async def drop_alias(self, record: AliasRecord) -> None:
+        """Removes a name; the image's objects stay until collection."""
+        await self.store.delete(self.keys.alias(record.repository, record.tag))
+
+    async def aliases(self, repository: str | None = None) -> list[AliasRecord]:
+        """All names, or those of one repository, by name."""
+        prefix = self.keys.aliases if repository is None else self.keys.aliases_of(repository)
+        records = []
+        async for stat in self.store.list(prefix):
+            records.append(AliasRecord.decode(await self.store.get(stat.key, limit=MAX_RECORD)))
+        return sorted(records, key=lambda record: record.name)
+
+    async def resolve_name(self, name: AliasName | str) -> str:
+        """The manifest digest behind a name, a digest, or a unique start of one (8+ hex digits)."""
+        if isinstance(name, AliasName):
+            return (await self.alias(name)).image
+        wanted = name.removeprefix("sha256:")
+        found = set()
+        async for root in self.roots():
+            if root.image.partition(":")[2].startswith(wanted):
+                found.add(root.image)
+        if len(found) > 1:
+            raise UsageError(f"{name} names {len(found)} images", remedy="give more digits")
+        if not found:
+            raise NotFound(f"no image {name} in realm {self.keys.realm}", remedy="cubecache images")
+        return found.pop()
+
+    async def put_sealed(self, kind: str, plaintext: bytes) -> tuple[bytes, int]:
+        """Stores a layer index, manifest or location table; its name and stored bytes."""
+        name, sealed = seal(plaintext)
+        await self.store.put(self.sealed_key(kind, name), sealed)
+        return name, len(sealed)
+
+    def sealed_key(self, kind: str, name: bytes) -> str:
+        """The key of a sealed object: kind is indexes, manifests or locations."""
+        makers = {
+            "indexes": self.keys.layer_index,
+            "manifests": self.keys.manifest,
+            "locations": self.keys.locations,
+        }
+        return makers[kind](name)
+
+    async def sealed(self, kind: str, name: bytes) -> bytes:
+        """The verified plaintext of a sealed object."""
+        return unseal(await self.store.get(self.sealed_key(kind, name), limit=MAX_PLAINTEXT), name)
+
+    async def layer_index(self, name: bytes) -> LayerIndex:
+        """A layer index."""
+        return LayerIndex.decode(await self.sealed("indexes", name))
+
+    async def block_manifest(self, name: bytes) -> BlockManifest:
+        """A block manifest."""
+        return BlockManifest.decode(await self.sealed("manifests", name))
+
+    async def location_table(self, name: bytes) -> LocationTable:
+        """A location table."""
+        return LocationTable.decode(await self.sealed("locations", name))
+
+    async def put_blob(self, digest: str, raw: bytes) -> None:
+        """Keeps an OCI manifest or config as the registry had it."""
+        await self.store.put(self.keys.blob(digest), raw)
+
+    async def blob(self, digest: str) -> bytes:
+        """An OCI manifest or config; the caller checks its digest."""
+        return await self.store.get(self.keys.blob(digest), limit=MAX_RECORD)

@@ -1,0 +1,191 @@
+"""`cubecache images`, `inspect` and `rm`: what the store holds, by name."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+
+from imagecache.blockimage.keys import ImageKey
+from imagecache.blockimage.manifest import Face
+from imagecache.blockimage.records import AliasRecord, RootRecord
+from imagecache.catalog import Catalog
+from imagecache.chunks import BLOCK
+from imagecache.composition import DEFAULT_OPTIONS, alias_name, opened_catalog, parse_face
+from imagecache.errors import NotFound
+from imagecache.oci.reference import parse_reference
+from imagecache.session import Session, face_option, json_option
+from imagecache.terminal import size_text, table_text
+
+_DIGEST = re.compile(r"(?:sha256:)?[0-9a-f]{8,64}")
+
+
+async def find_root(catalog: Catalog, image: str, face: Face) -> RootRecord:
+    """The root behind a reference, a manifest digest or the start of one; NotFound, UsageError."""
+    name: Any = image if _DIGEST.fullmatch(image) else None
+    if name is None:
+        name = alias_name(parse_reference(image, base=Path.cwd()))
+    try:
+        digest = await catalog.resolve_name(name)
+    except NotFound as error:
+        raise NotFound(
+            f"image {image} is not in realm {catalog.keys.realm}",
+            remedy=f"cubecache preload {image}",
+        ) from error
+    return await catalog.find_root(ImageKey(digest, face, DEFAULT_OPTIONS))
+
+
+@click.command(epilog="\b\nExamples:\n  cubecache images\n  cubecache images --json")
+@json_option
+@click.pass_obj
+def images(session: Session) -> None:
+    """List the images of the realm with their names."""
+
+    async def gather() -> tuple[list[RootRecord], list[AliasRecord]]:
+        async with opened_catalog(session.settings) as (_, catalog):
+            return [root async for root in catalog.roots()], await catalog.aliases()
+
+    roots, aliases = asyncio.run(gather())
+    names: dict[str, list[str]] = {}
+    for alias in aliases:
+        names.setdefault(alias.image, []).append(alias.name)
+    answer = [
+        {
+            "names": names.get(root.image, []),
+            "image": root.image,
+            "block_image": root.block_image,
+            "fs": root.face,
+            "platform": root.platform,
+            "size_bytes": root.size_bytes,
+            "packed_bytes": root.packed_bytes,
+            "chunks": root.chunks,
+            "layers": len(root.layers),
+        }
+        for root in sorted(roots, key=lambda root: (names.get(root.image, ["~"]), root.image))
+    ]
+    rows = [("NAME", "IMAGE", "FS", "DISK", "STORED", "CHUNKS")]
+    rows += [
+        (
+            ", ".join(item["names"]) or "<none>",
+            item["image"].partition(":")[2][:12],
+            item["fs"],
+            size_text(item["size_bytes"]),
+            size_text(item["packed_bytes"]),
+            str(item["chunks"]),
+        )
+        for item in answer
+    ]
+    session.terminal.answer(answer, table_text(rows))
+
+
+@click.command(epilog="\b\nExamples:\n  cubecache inspect docker.io/library/nginx")
+@click.argument("image")
+@face_option
+@json_option
+@click.pass_obj
+def inspect(session: Session, *, image: str, face: str) -> None:
+    """Show an image's layers, regions, chunks and where they are."""
+
+    async def gather() -> dict[str, Any]:
+        async with opened_catalog(session.settings) as (_, catalog):
+            root = await find_root(catalog, image, parse_face(face))
+            manifest = await catalog.block_manifest(bytes.fromhex(root.block_image))
+            return {
+                "image": root.image,
+                "block_image": root.block_image,
+                "platform": root.platform,
+                "fs": root.face,
+                "realm": root.realm,
+                "generation": root.generation,
+                "config": root.config,
+                "size_bytes": root.size_bytes,
+                "packed_bytes": root.packed_bytes,
+                "packs": list(root.packs),
+                "chunks": root.chunks,
+                "extents": len(manifest.extents),
+                "metadata_bytes": manifest.metadata_blocks * BLOCK,
+                "window_bytes": manifest.window_blocks * BLOCK,
+                "layers": [
+                    {
+                        "diff_id": diff_id,
+                        "index": layer.index.hex(),
+                        "offset_bytes": layer.start_block * BLOCK,
+                        "size_bytes": layer.blocks * BLOCK,
+                    }
+                    for diff_id, layer in zip(root.layers, manifest.layers, strict=True)
+                ],
+            }
+
+    answer = asyncio.run(gather())
+    plain = [
+        (name, size_text(value) if name.endswith("_bytes") else str(value))
+        for name, value in answer.items()
+        if not isinstance(value, list)
+    ]
+    rows: list[tuple[str, ...]] = [("LAYER", "OFFSET", "SIZE")]
+    rows += [
+        (layer["diff_id"], size_text(layer["offset_bytes"]), size_text(layer["size_bytes"]))
+        for layer in answer["layers"]
+    ]
+    session.terminal.answer(answer, table_text(plain) + "\n\n" + table_text(rows))
+
+
+@click.command("rm", epilog="\b\nExamples:\n  cubecache rm docker.io/library/nginx:1.27")
+@click.argument("image")
+@json_option
+@click.pass_obj
+def remove(session: Session, *, image: str) -> None:
+    """Drop an image's name. Its objects stay until they are collected."""
+
+    async def drop() -> dict[str, Any]:
+        async with opened_catalog(session.settings) as (_, catalog):
+            return await _drop(catalog, image)
+
+    answer = asyncio.run(drop())
+    session.terminal.answer(
+        answer,
+        f"dropped {', '.join(answer['dropped'])}; collecting would free "
+        f"{size_text(answer['would_free_bytes'])}",
+    )
+
+
+async def _drop(catalog: Catalog, image: str) -> dict[str, Any]:
+    aliases = await catalog.aliases()
+    if _DIGEST.fullmatch(image):
+        wanted = await catalog.resolve_name(image)
+        gone = [alias for alias in aliases if alias.image == wanted]
+    else:
+        name = alias_name(parse_reference(image, base=Path.cwd()))
+        gone = [
+            alias
+            for alias in aliases
+            if (alias.repository, alias.tag) == (name.repository, name.tag)
+        ]
+    if not gone:
+        raise NotFound(f"no name {image} in realm {catalog.keys.realm}", remedy="cubecache images")
+    kept = {alias.image for alias in aliases if alias not in gone}
+    for alias in gone:
+        await catalog.drop_alias(alias)
+    return {
+        "dropped": [alias.name for alias in gone],
+        "image": gone[0].image,
+        "would_free_bytes": await _only_in(catalog, {alias.image for alias in gone} - kept, kept),
+    }
+
+
+async def _only_in(catalog: Catalog, dropped: set[str], kept: set[str]) -> int:
+    """Bytes of the packs that only dropped images rely on."""
+    theirs: set[str] = set()
+    others: set[str] = set()
+    async for root in catalog.roots():
+        if root.image in dropped:
+            theirs.update(root.packs)
+        elif root.image in kept:
+            others.update(root.packs)
+    total = 0
+    for pack in sorted(theirs - others):
+        total += (await catalog.store.stat(catalog.keys.pack(bytes.fromhex(pack)))).size
+    return total

@@ -1,0 +1,130 @@
+"""The composition root shared by the daemon and the commands: settings in, wired parts out."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from imagecache.blockimage.manifest import Face, canonical_options
+from imagecache.build.pipeline import Builder, BuildSettings
+from imagecache.build.progress import BuildResult, Report
+from imagecache.build.spool import Spool, builder_lock
+from imagecache.catalog import AliasName, Catalog
+from imagecache.errors import Denied, UsageError
+from imagecache.oci.platform import host_platform, parse_platform
+from imagecache.oci.reference import Reference, RegistryReference, parse_reference
+from imagecache.oci.settings import RegistrySettings
+from imagecache.oci.source import open_source
+from imagecache.settings import Settings
+from imagecache.store.open import OpenedStore, StoreSettings, open_store
+
+DEFAULT_OPTIONS = canonical_options({})
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRequest:
+    """Which image, for which platform, in which face; texts as a user writes them."""
+
+    reference: str
+    platform: str | None = None
+    face: str = "erofs"
+
+    @classmethod
+    def parse(cls, text: str, platform: str | None, face: str) -> ImageRequest:
+        """Checks the texts and makes paths absolute, so that another process can be handed it."""
+        if platform is not None:
+            parse_platform(platform)
+        parse_face(face)
+        return cls(parse_reference(text, base=Path.cwd()).canonical, platform, face)
+
+
+def parse_face(name: str) -> Face:
+    """The face of that name; raises UsageError."""
+    try:
+        return Face.parse(name)
+    except KeyError:
+        raise UsageError(f"{name!r} is not a face", remedy="use --fs erofs or --fs ext4") from None
+
+
+def alias_name(reference: Reference) -> AliasName:
+    """A reference split into repository and tag (`@digest` where only a digest is given)."""
+    text = reference.canonical
+    if isinstance(reference, RegistryReference):
+        tag = f"@{reference.digest}" if reference.digest else str(reference.tag)
+        return AliasName(f"{reference.host}/{reference.repository}", tag, text)
+    scheme = text.partition(":")[0]
+    return AliasName(f"{scheme}:{reference.path}", reference.tag or "", text)
+
+
+@asynccontextmanager
+async def opened_catalog(settings: Settings) -> AsyncIterator[tuple[OpenedStore, Catalog]]:
+    """The configured store and the catalog of the configured realm."""
+    opened = open_store(settings.store_url, StoreSettings(tier_url=settings.store.tier_url))
+    try:
+        yield opened, Catalog(opened.store, settings.realm)
+    finally:
+        await opened.close()
+
+
+def registry_settings(settings: Settings) -> RegistrySettings:
+    """How registries are reached."""
+    section = settings.registry
+    return RegistrySettings(
+        docker_config=Path(section.docker_config) if section.docker_config else None,
+        plain_http_hosts=frozenset(section.plain_http),
+        insecure_tls_hosts=frozenset(section.insecure_tls),
+        ca_file=Path(section.ca_file) if section.ca_file else None,
+        allowed_private=frozenset(section.allowed_private),
+    )
+
+
+def prepare_state_dir(settings: Settings) -> None:
+    """Makes the state directory, private to its owner; raises Denied. Blocking."""
+    try:
+        settings.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        usable = os.access(settings.state_dir, os.W_OK | os.X_OK)
+    except OSError as error:
+        raise Denied(
+            f"state directory {settings.state_dir} cannot be made: {error.strerror}",
+            remedy="set --state-dir or CUBECACHE_STATE_DIR",
+        ) from error
+    if not usable:
+        raise Denied(
+            f"state directory {settings.state_dir} is not writable",
+            remedy="run as its owner, or set --state-dir",
+        )
+
+
+async def build_image(
+    settings: Settings, catalog: Catalog, request: ImageRequest, report: Report
+) -> BuildResult:
+    """Builds one image under the state directory's builder lock; Busy where another build runs."""
+    reference = parse_reference(request.reference)
+    platform = parse_platform(request.platform) if request.platform else host_platform()
+    await asyncio.to_thread(prepare_state_dir, settings)
+    builder = Builder(
+        catalog,
+        Spool(settings.state_dir / "spool"),
+        BuildSettings(
+            level=settings.build.level,
+            deadline_seconds=settings.build.deadline_seconds,
+            worker_memory_bytes=settings.build.worker_memory_bytes,
+        ),
+    )
+    source = open_source(reference, registry_settings(settings))
+    try:
+        with builder_lock(settings.state_dir / "builder.lock"):
+            return await builder.build(
+                source,
+                platform,
+                face=parse_face(request.face),
+                options=DEFAULT_OPTIONS,
+                alias=alias_name(reference),
+                report=report,
+            )
+    finally:
+        await source.close()

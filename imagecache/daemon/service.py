@@ -1,0 +1,332 @@
+"""The service: arena, fetcher, exports, NBD sockets and jobs of one host, wired and owned."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import logging
+import re
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from imagecache.blockimage.keys import ImageKey
+from imagecache.blockimage.locations import LocationTable
+from imagecache.blockimage.manifest import BlockManifest
+from imagecache.blockimage.records import RootRecord
+from imagecache.build.progress import BuildResult, Report
+from imagecache.cache.arena import Arena, ArenaSettings, Integrity
+from imagecache.cache.device import open_device
+from imagecache.cache.fetch import Fetcher, FetchSettings
+from imagecache.cache.fill import Fill, FillMode, default_mode
+from imagecache.cache.objects import ObjectCache
+from imagecache.cache.source import ImageMap
+from imagecache.catalog import Catalog
+from imagecache.composition import (
+    DEFAULT_OPTIONS,
+    ImageRequest,
+    alias_name,
+    build_image,
+    parse_face,
+    prepare_state_dir,
+)
+from imagecache.daemon.exports import ExportView, LiveExport
+from imagecache.daemon.exporttable import ExportRecord, ExportTable
+from imagecache.errors import Busy, Corrupt, CubecacheError, NotFound, Unavailable, UsageError
+from imagecache.oci.config import parse_config
+from imagecache.oci.reference import parse_reference
+from imagecache.settings import FILLS, Settings
+from imagecache.store.open import OpenedStore, StoreSettings, open_store
+from nbdserver.limits import Limits
+from nbdserver.server import Server
+from preload.jobs import JobQueue
+
+logger = logging.getLogger(__name__)
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+@dataclass(frozen=True, slots=True)
+class ExportRequest:
+    """What to export and how; None where the daemon decides."""
+
+    image: ImageRequest
+    socket: str | None = None
+    name: str | None = None
+    fill: str | None = None
+
+
+class Service:
+    """One host's daemon. `open`, then serve until `close`."""
+
+    def __init__(self, settings: Settings, opened: OpenedStore, arena: Arena) -> None:
+        self.settings = settings
+        self.opened = opened
+        self.arena = arena
+        self.catalog = Catalog(opened.store, settings.realm)
+        self.objects = ObjectCache(settings.state_dir / "objects", opened.store)
+        self.fetcher = Fetcher(
+            opened.reader, arena, FetchSettings(stall_seconds=settings.cache.stall_seconds)
+        )
+        self.jobs = JobQueue(self._build)
+        self.nbd = Server(limits=Limits())
+        self.ready = False
+        self.started = time.time()
+        self._table = ExportTable(settings.state_dir / "exports.db")
+        self._live: dict[str, LiveExport] = {}
+        self._images: dict[str, ImageMap] = {}
+        self._changing = asyncio.Lock()
+
+    @classmethod
+    async def open(cls, settings: Settings) -> Service:
+        """Wires everything and restores the exports; sockets listen after that.
+
+        Raises Busy where another daemon holds the state directory.
+        """
+        await asyncio.to_thread(prepare_state_dir, settings)
+        arena = await Arena.open(
+            settings.state_dir / "arena",
+            ArenaSettings(
+                budget_bytes=settings.cache.budget_bytes,
+                integrity=Integrity(settings.cache.integrity),
+            ),
+        )
+        opened = open_store(settings.store_url, StoreSettings(tier_url=settings.store.tier_url))
+        service = cls(settings, opened, arena)
+        try:
+            await service._start()
+        except BaseException:
+            await service.close()
+            raise
+        return service
+
+    async def _start(self) -> None:
+        for record in await asyncio.to_thread(self._table.load):
+            export = LiveExport(record, self.settings.nbd_socket)
+            self._live[record.name] = export
+            try:
+                await self._attach(export)
+            except CubecacheError as error:
+                export.failure = str(error)
+                logger.warning("export %s cannot be restored: %s", record.name, error)
+        self._listen(self.settings.nbd_socket, ExportView(self._live))
+        if self.settings.nbd.tcp:
+            host, _, port = self.settings.nbd.tcp.rpartition(":")
+            try:
+                self.nbd.listen_tcp(host.strip("[]"), int(port), ExportView(self._live))
+            except (OSError, OverflowError) as error:
+                raise Unavailable(f"cannot listen on {self.settings.nbd.tcp}: {error}") from error
+        self.jobs.start()
+        self.ready = True
+
+    def _listen(self, path: Path, view: ExportView) -> Any:
+        if len(str(path).encode()) > 107:
+            raise UsageError(f"socket path {path} is longer than 107 bytes")
+        try:
+            return self.nbd.listen_unix(path, view)
+        except OSError as error:
+            raise Unavailable(f"cannot listen on {path}: {error.strerror or error}") from error
+
+    async def _build(self, request: ImageRequest, report: Report) -> BuildResult:
+        return await build_image(self.settings, self.catalog, request, report)
+
+    # --- exports ---
+
+    def exports(self) -> list[LiveExport]:
+        """Every export, by name."""
+        return [self._live[name] for name in sorted(self._live)]
+
+    async def export(self, request: ExportRequest) -> LiveExport:
+        """Exports a committed image; the same request again is the same export.
+
+        Raises NotFound where the image is not in the store, Busy where the name is another's.
+        """
+        self._check(request)
+        root = await self._root(request.image)
+        name = request.name or export_name(request.image.reference, root, request.socket)
+        async with self._changing:
+            there = self._live.get(name)
+            if there is not None:
+                return await self._again(there, root, request)
+            record = ExportRecord(
+                name=name,
+                reference=request.image.reference,
+                image=root.image,
+                config=await self._run_config(root),
+                face=root.face,
+                block_image=root.block_image,
+                locations=root.locations,
+                realm=root.realm,
+                size_bytes=root.size_bytes,
+                socket=request.socket,
+                fill=request.fill or self.settings.cache.fill,
+            )
+            export = LiveExport(record, self.settings.nbd_socket)
+            await self._attach(export)
+            await asyncio.to_thread(self._table.save, record)
+            self._live[name] = export
+            logger.info("export %s of %s", name, root.image)
+            return export
+
+    def _check(self, request: ExportRequest) -> None:
+        if request.name is not None and not _NAME.fullmatch(request.name):
+            raise UsageError(
+                f"export name {request.name!r} is malformed",
+                remedy="use letters, digits, dots, dashes and underscores",
+            )
+        if request.fill is not None and request.fill not in FILLS:
+            raise UsageError(f"fill {request.fill!r} is unknown", remedy="whole, hot or none")
+        if request.socket is not None and not Path(request.socket).is_absolute():
+            raise UsageError(f"socket path {request.socket!r} is not absolute")
+
+    async def _again(
+        self, there: LiveExport, root: RootRecord, request: ExportRequest
+    ) -> LiveExport:
+        record = there.record
+        if record.block_image != root.block_image or record.socket != request.socket:
+            raise Busy(
+                f"export {record.name} is of another image or on another socket",
+                remedy=f"cubecache unexport {record.name}, or choose another --name",
+            )
+        if there.device is None:
+            await self._attach(there)
+        return there
+
+    async def _root(self, image: ImageRequest) -> RootRecord:
+        reference = parse_reference(image.reference)
+        digest = await self.catalog.resolve_name(alias_name(reference))
+        key = ImageKey(digest, parse_face(image.face), DEFAULT_OPTIONS)
+        return await self.catalog.find_root(key)
+
+    async def _run_config(self, root: RootRecord) -> str:
+        raw = await self.catalog.blob(root.config)
+        algorithm, _, wanted = root.config.partition(":")
+        if hashlib.new(algorithm, raw).hexdigest() != wanted:
+            raise Corrupt(f"the stored config {root.config} does not match its digest")
+        config = parse_config(raw)
+        return json.dumps(
+            {
+                "entrypoint": list(config.entrypoint or ()),
+                "cmd": list(config.cmd or ()),
+                "env": list(config.env),
+                "user": config.user or "",
+                "working_dir": config.working_dir or "",
+                "stop_signal": config.stop_signal or "",
+            }
+        )
+
+    async def _attach(self, export: LiveExport) -> None:
+        """Opens the device, its socket and its fill; leaves nothing behind where it raises."""
+        record = export.record
+        image = await self._image(record)
+        export.image = image
+        export.device = open_device(
+            image, self.arena, self.fetcher, description=f"{record.reference} {record.image}"
+        )
+        if record.socket is not None and export.listener is None:
+            try:
+                view = ExportView(self._live, record.name)
+                export.listener = self._listen(Path(record.socket), view)
+            except CubecacheError:
+                await export.device.close()
+                export.device = None
+                raise
+        mode = FillMode(record.fill) if record.fill else default_mode(image, self.arena)
+        export.fill = Fill(
+            image,
+            self.fetcher,
+            self.arena,
+            mode=mode,
+            bytes_per_second=self.settings.cache.fill_bytes_per_second,
+        )
+        export.fill.start()
+        export.failure = None
+
+    async def _image(self, record: ExportRecord) -> ImageMap:
+        image = self._images.get(record.block_image)
+        if image is None:
+            name, table = bytes.fromhex(record.block_image), bytes.fromhex(record.locations)
+            manifest = await self.objects.get(self.catalog.keys.manifest(name), name)
+            locations = await self.objects.get(self.catalog.keys.locations(table), table)
+            image = await asyncio.to_thread(
+                lambda: ImageMap(
+                    BlockManifest.decode(manifest),
+                    LocationTable.decode(locations),
+                    self.catalog.keys.pack,
+                )
+            )
+            self._images[record.block_image] = image
+        return image
+
+    async def unexport(self, name: str, *, force: bool) -> None:
+        """Ends an export; Busy while a client is attached, unless forced."""
+        async with self._changing:
+            export = self._live.get(name)
+            if export is None:
+                raise NotFound(f"no export {name!r}", remedy="cubecache exports")
+            if export.clients and not force:
+                raise Busy(
+                    f"export {name} has {export.clients} attached clients",
+                    remedy="detach them, or unexport --force",
+                )
+            export.closing = True
+            await self._detach(export)
+            await asyncio.to_thread(self._table.drop, name)
+            del self._live[name]
+            if not any(x.record.block_image == export.record.block_image for x in self.exports()):
+                self._images.pop(export.record.block_image, None)
+
+    async def _detach(self, export: LiveExport) -> None:
+        if export.listener is not None:
+            self.nbd.stop_listening(export.listener)
+            export.listener = None
+        if export.device is not None:
+            await self.nbd.withdraw(export.device)
+        if export.fill is not None:
+            await export.fill.stop()
+        if export.device is not None:
+            await export.device.close()
+            export.device = None
+
+    # --- the whole ---
+
+    def status(self) -> dict[str, Any]:
+        """What the daemon is doing, for people."""
+        return {
+            "ready": self.ready,
+            "realm": self.settings.realm,
+            "store": self.settings.store_url,
+            "exports": len(self._live),
+            "host": socket.gethostname(),
+            "started": self.started,
+        }
+
+    async def close(self) -> None:
+        """Drains clients and ends everything, in the order that keeps each part's promises."""
+        self.ready = False
+        await self.jobs.close()
+        await self.nbd.drain()
+        for export in self._live.values():
+            with contextlib.suppress(CubecacheError):
+                await self._detach(export)
+        await self.fetcher.close()
+        await self.arena.close()
+        await self.opened.close()
+
+
+def export_name(reference: str, root: RootRecord, own_socket: str | None) -> str:
+    """The name of an export nobody named: the repository's last part and the image's digest.
+
+    An export on its own socket adds a digest of the socket's path, so that two VMs of one image
+    have two exports.
+    """
+    last = re.split(r"[@:]", reference.rpartition("/")[2])[0]
+    plain = re.sub(r"[^A-Za-z0-9._-]", "-", last).strip(".-_") or "image"
+    name = f"{plain[:40]}-{root.block_image[:12]}"
+    if own_socket is not None:
+        name += "-" + hashlib.sha256(own_socket.encode()).hexdigest()[:8]
+    return name
