@@ -21,7 +21,6 @@ class Reply:
     buffers: Sequence[Buffer]
     offset: int = 0
     length: int = 0
-    cookie: bytes = b""
     sent: int = 0
     release: Callable[[], None] | None = None
     mapped: bool = False
@@ -72,8 +71,6 @@ class Backlog:
         ranges: Sequence[tuple[int, int, bool]],
         sent: int,
         pin: Pin,
-        *,
-        cookie_at: int,
     ) -> None:
         """Take over a batch of reads of which `sent` bytes are gone, and pin what is left.
 
@@ -97,7 +94,6 @@ class Backlog:
                     tuple(iov[first:index]),
                     offset,
                     length,
-                    head[cookie_at : cookie_at + 8],
                     sent,
                     pin(offset, length),
                     mapped=True,

@@ -15,6 +15,7 @@ class Limits:
     listed_exports: int = 10_000
     receive_bytes: int = 256 << 10
     batch_bytes: int = 1 << 20
+    linger_seconds: float = 60e-6
     inflight_requests: int = 256
     inflight_bytes: int = 64 << 20
     drained_payload_bytes: int = 64 << 20

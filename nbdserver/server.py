@@ -12,7 +12,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-from nbdserver.connection import Connection
+from nbdserver.connection import Connection, Turn
 from nbdserver.counters import Counters
 from nbdserver.device import Device
 from nbdserver.exports import Exports
@@ -60,6 +60,7 @@ class Server:
         self._handshakes: set[asyncio.Task[None]] = set()
         self._farewells: set[asyncio.Task[None]] = set()
         self._scratch = memoryview(bytearray(self.limits.receive_bytes))
+        self._turn = Turn()
         self._draining = False
         self._changed = asyncio.Event()
 
@@ -234,6 +235,7 @@ class Server:
             limits=self.limits,
             counters=self.counters,
             scratch=self._scratch,
+            turn=self._turn,
             on_end=self._ended,
             rest=negotiated.rest,
         )

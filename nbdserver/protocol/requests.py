@@ -83,7 +83,7 @@ class RequestLayout:
         ranges: list[tuple[int, int, bool]],
         room: int,
     ) -> tuple[int, int]:
-        """Answer plain reads that are hits, until one is not or `room` bytes (512 buffers) are full.
+        """Answer plain reads that are hits, until one is not, or `room` bytes are gathered.
 
         Appends headers and buffers to `iov` and (offset, length, True) to `ranges`; returns the
         position of the first request not answered and the number of bytes appended.
