@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass
 from pathlib import Path
+
+from testbed.machine import commit, machine
 
 
 @dataclass(frozen=True)
@@ -35,31 +35,6 @@ def read_report(path: Path) -> list[Outcome]:
         name = f"{case.get('classname', '')}.{case.get('name', '')}".lstrip(".")
         outcomes.append(Outcome(name, result, float(case.get("time", "0")), reason))
     return outcomes
-
-
-def machine() -> str:
-    """One line on where this ran: processor, cores, memory, kernel, Python."""
-    processor = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            processor = line.partition(":")[2].strip()
-            break
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return (
-        f"{processor}, {os.cpu_count()} cores, {memory:.0f} GiB, "
-        f"Linux {platform.release()}, Python {platform.python_version()}"
-    )
-
-
-def commit() -> str:
-    """The commit under test, marked when the work tree differs from it."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12", "--match="],
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    return described.stdout.strip() or "unknown"
 
 
 def soak_page(outcomes: list[Outcome], when: str) -> str:
