@@ -17,7 +17,8 @@ ARROWS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("imagecache.cache.device", ("imagecache", "nbdserver")),
     ("imagecache", ("imagecache",)),
     ("preload", ("preload", "imagecache")),
-    ("cube", ("cube", "preload.client", "nbdserver.attach", "imagecache.errors")),
+    # session: the context object that every command of the CLI is given
+    ("cube", ("cube", "preload.client", "nbdserver.attach", "imagecache.errors", "imagecache.session")),
 )
 
 # Pure modules do no I/O: bytes in, a plan out.
