@@ -62,8 +62,8 @@ static bool path_has_entries(const char *path)
     return found;
 }
 
-/* /modules/load has a line "CONDITION FILE" for each module, in loading order; the conditions
- * are "always" and "pci" (only where there is a PCI bus: loading costs time on a microvm).
+/* /modules/load has a line "SET FILE" for each module, in loading order. Now come the sets "always"
+ * and, where there is a PCI bus, "pci"; other sets wait until something needs them.
  */
 const char *guest_load_modules(void)
 {
@@ -71,10 +71,10 @@ const char *guest_load_modules(void)
     if (list == NULL)
         return NULL; /* a kernel of the user's own with everything built in */
     bool pci = path_has_entries("/sys/bus/pci/devices");
-    char condition[16], name[128], path[160];
+    char set[16], name[128], path[160];
     const char *error = NULL;
-    while (error == NULL && fscanf(list, "%15s %127s", condition, name) == 2) {
-        if (strcmp(condition, "pci") == 0 && !pci)
+    while (error == NULL && fscanf(list, "%15s %127s", set, name) == 2) {
+        if (strcmp(set, "always") != 0 && !(pci && strcmp(set, "pci") == 0))
             continue;
         snprintf(path, sizeof path, "/modules/%s", name);
         int file = open(path, O_RDONLY | O_CLOEXEC);
