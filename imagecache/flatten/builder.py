@@ -140,12 +140,13 @@ class FileTableBuilder:
         self._path_bytes += size
         if size > self._limits.path_bytes:
             raise LimitExceeded(
-                f"{_where(header)}: its path through symlinks is longer than {self._limits.path_bytes} bytes"
+                f"{_where(header)}: its path through symlinks has {size} bytes, "
+                f"over {self._limits.path_bytes}"
             )
         if self._names > self._limits.entries or self._path_bytes > self._limits.path_total_bytes:
             raise LimitExceeded(
-                f"{_where(header)}: the layer has more than {self._limits.entries} names, or its paths more "
-                f"than {self._limits.path_total_bytes} bytes",
+                f"{_where(header)}: the layer has more than {self._limits.entries} names, "
+                f"or its paths have more than {self._limits.path_total_bytes} bytes",
                 remedy="raise the limits entries and path_total_bytes if this image is trusted",
             )
 
