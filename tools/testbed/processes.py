@@ -22,6 +22,18 @@ class StageError(Exception):
     """A server did not start; the message ends with its log."""
 
 
+def dying_with_parent() -> Callable[[], None]:
+    """What a child runs before exec so that the kernel ends it when this process ends."""
+    parent = os.getpid()
+
+    def prepare() -> None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return prepare
+
+
 class Process:
     """One child in a process group of its own; `log` holds its stdout and stderr."""
 
@@ -30,13 +42,6 @@ class Process:
     ) -> None:
         self.name = Path(command[0]).name
         self.log = log
-        parent = os.getpid()
-
-        def die_with_parent() -> None:
-            _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != parent:
-                os._exit(1)
-
         with log.open("wb") as output:
             self.child = subprocess.Popen(
                 list(command),
@@ -45,7 +50,7 @@ class Process:
                 stderr=subprocess.STDOUT,
                 env=dict(environment) if environment is not None else None,
                 start_new_session=True,
-                preexec_fn=die_with_parent,  # noqa: PLW1509 - our parents have one thread
+                preexec_fn=dying_with_parent(),  # noqa: PLW1509 - our parents have one thread
             )
 
     def wait_until(self, ready: Callable[[], bool], seconds: float = 30.0) -> None:
