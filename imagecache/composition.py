@@ -20,7 +20,8 @@ from imagecache.oci.reference import Reference, RegistryReference, parse_referen
 from imagecache.oci.settings import RegistrySettings
 from imagecache.oci.source import open_source
 from imagecache.settings import Settings
-from imagecache.store.open import OpenedStore, StoreSettings, open_store
+from imagecache.store.open import OpenedStore, open_store
+from imagecache.store.settings import StoreSettings
 
 DEFAULT_OPTIONS = canonical_options({})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,7 @@ def size_text(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
-def table_text(rows: list[tuple[str, ...]]) -> str:
+def table_text(rows: Sequence[tuple[str, ...]]) -> str:
     """Rows as columns, padded; the first row is the heading."""
     widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
     lines = (

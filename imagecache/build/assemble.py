@@ -20,7 +20,7 @@ from imagecache.chunks import BLOCK, MAX_CHUNK_BYTES
 from imagecache.chunks.cut import squeeze
 from imagecache.errors import UsageError
 from imagecache.faces.erofs import write_erofs
-from imagecache.faces.region import MetadataRegion
+from imagecache.faces.plan import MetadataRegion
 from imagecache.flatten.filetable import FileTable
 from imagecache.flatten.limits import Limits
 from imagecache.flatten.tree import Tree, merge

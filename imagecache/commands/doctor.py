@@ -97,12 +97,13 @@ async def store_findings(settings: Settings) -> list[Finding]:
     """What the configured store allows."""
     try:
         async with opened_catalog(settings) as (opened, _):
-            report = await probe(opened.store)
+            report = await probe(opened.store, opened.reader)
     except CubecacheError as error:
         return [Finding("store", False, True, error.message, error.remedy)]
+    wanted_only = "conditional put"
     return [
-        Finding(f"store: {check.name}", check.ok, check.required, check.detail, check.remedy)
-        for check in report.checks
+        Finding(f"store: {item.verb}", item.ok, item.verb != wanted_only, item.words, item.remedy)
+        for item in report.findings
     ]
 
 

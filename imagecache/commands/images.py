@@ -52,7 +52,7 @@ def images(session: Session) -> None:
     names: dict[str, list[str]] = {}
     for alias in aliases:
         names.setdefault(alias.image, []).append(alias.name)
-    answer = [
+    answer: list[dict[str, Any]] = [
         {
             "names": names.get(root.image, []),
             "image": root.image,

@@ -6,13 +6,14 @@ import asyncio
 import dataclasses
 import logging
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from imagecache.daemon.serve import serve as run_daemon
-from imagecache.daemon.service import Service
 from imagecache.session import Session, fill_option, json_option
+
+if TYPE_CHECKING:
+    from imagecache.daemon.service import Service
 
 
 @click.command(
@@ -30,6 +31,9 @@ def serve(session: Session, *, fill: str | None, tcp: str | None, until_stdin_cl
     The control API answers on STATE/control.sock, NBD on STATE/nbd.sock. Exports persist: they
     are there again, before the sockets listen, whenever the daemon starts.
     """
+    # The daemon's imports would double the start of every other command.
+    from imagecache.daemon.serve import serve as run_daemon  # noqa: PLC0415
+
     settings = session.settings
     if fill is not None:
         settings = dataclasses.replace(

@@ -45,8 +45,8 @@ class ExportTable:
                 database.conn.execute("pragma synchronous=full")
                 if "exports" not in database.table_names():
                     columns = dict.fromkeys(ExportRecord.__slots__, str) | {"size_bytes": int}
-                    database["exports"].create(columns, pk="name")
-                return work(database["exports"])
+                    database.table("exports").create(columns, pk="name")
+                return work(database.table("exports"))
             finally:
                 database.conn.close()
         except sqlite3.OperationalError as error:

@@ -16,14 +16,15 @@ from typing import Any
 
 from imagecache.blockimage.keys import ImageKey
 from imagecache.blockimage.locations import LocationTable
-from imagecache.blockimage.manifest import BlockManifest
-from imagecache.blockimage.records import RootRecord
+from imagecache.blockimage.manifest import MAX_LAYERS, BlockManifest
+from imagecache.blockimage.records import MAX_RECORD, RootRecord
 from imagecache.build.progress import BuildResult, Report
-from imagecache.cache.arena import Arena, ArenaSettings, Integrity
+from imagecache.cache.arena import Arena
 from imagecache.cache.device import open_device
 from imagecache.cache.fetch import Fetcher, FetchSettings
 from imagecache.cache.fill import Fill, FillMode, default_mode
 from imagecache.cache.objects import ObjectCache
+from imagecache.cache.settings import ArenaSettings, Integrity
 from imagecache.cache.source import ImageMap
 from imagecache.catalog import Catalog
 from imagecache.composition import (
@@ -40,7 +41,8 @@ from imagecache.errors import Busy, Corrupt, CubecacheError, NotFound, Unavailab
 from imagecache.oci.config import parse_config
 from imagecache.oci.reference import parse_reference
 from imagecache.settings import FILLS, Settings
-from imagecache.store.open import OpenedStore, StoreSettings, open_store
+from imagecache.store.open import OpenedStore, open_store
+from imagecache.store.settings import StoreSettings
 from nbdserver.limits import Limits
 from nbdserver.server import Server
 from preload.jobs import JobQueue
@@ -207,15 +209,17 @@ class Service:
         algorithm, _, wanted = root.config.partition(":")
         if hashlib.new(algorithm, raw).hexdigest() != wanted:
             raise Corrupt(f"the stored config {root.config} does not match its digest")
-        config = parse_config(raw)
+        config = parse_config(
+            raw, limit=MAX_RECORD, max_layers=MAX_LAYERS, what=f"config {root.config}"
+        )
         return json.dumps(
             {
-                "entrypoint": list(config.entrypoint or ()),
-                "cmd": list(config.cmd or ()),
-                "env": list(config.env),
-                "user": config.user or "",
-                "working_dir": config.working_dir or "",
-                "stop_signal": config.stop_signal or "",
+                "entrypoint": config.entrypoint,
+                "cmd": config.cmd,
+                "env": config.env,
+                "user": config.user,
+                "working_dir": config.working_dir,
+                "stop_signal": config.stop_signal,
             }
         )
 
