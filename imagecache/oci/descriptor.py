@@ -7,7 +7,6 @@ import binascii
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 from imagecache.errors import LimitExceeded, Rejected
 from imagecache.oci.digest import Digest
@@ -20,7 +19,6 @@ _MEDIA_TYPE = re.compile(
 _MAX_SIZE = 2**63 - 1
 _MAX_URLS = 16
 _MAX_ANNOTATIONS = 1024
-_NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +32,7 @@ class Descriptor:
     digest: Digest
     size: int
     urls: tuple[str, ...] = ()
-    annotations: Mapping[str, str] = field(default=_NOTHING, hash=False)
+    annotations: Mapping[str, str] = field(default_factory=dict, hash=False)
     platform: Platform | None = None
     inline: bytes | None = field(default=None, repr=False)
 
@@ -151,9 +149,9 @@ def strings(node: Json, what: str, *, limit: int) -> tuple[str, ...]:
 
 
 def string_map(node: Json, what: str) -> Mapping[str, str]:
-    """`node` as a read-only map from strings to strings; absent and null are empty."""
+    """`node` as a map from strings to strings; absent and null are empty."""
     if node is None:
-        return _NOTHING
+        return {}
     members = as_object(node, what)
     if len(members) > _MAX_ANNOTATIONS:
         raise LimitExceeded(f"{what} has more than {_MAX_ANNOTATIONS} entries")
@@ -162,4 +160,4 @@ def string_map(node: Json, what: str) -> Mapping[str, str]:
         if not isinstance(member, str):
             raise Rejected(f"{what} has a value that is not a string")
         checked[key] = member
-    return MappingProxyType(checked)
+    return checked

@@ -56,7 +56,8 @@ class BlobDownload:
         self._digest = descriptor.digest
         self._target = target
         self._blob = PartialBlob(target, descriptor.digest, descriptor.size)
-        self._progress = progress
+        self._tell = progress
+        self._told = -1
         self._limits = limits
         self._executor = executor
         self._what = what
@@ -96,6 +97,11 @@ class BlobDownload:
         finally:
             # Not on the loop: an append that outlived a cancellation holds the blob's lock.
             await asyncio.shield(self._in_thread(self._blob.close))
+
+    def _progress(self, count: int) -> None:
+        if count != self._told:
+            self._told = count
+            self._tell(count)
 
     async def _fill(self) -> None:
         patience = Patience(self._limits.attempts)
