@@ -121,7 +121,10 @@ def write_layout(root: Path, images: dict[str | None, Image]) -> Path:
     for name, image in images.items():
         more = {"annotations": {"org.opencontainers.image.ref.name": name}} if name else {}
         entries.append(image.descriptor(**more))
-        for digest, body in [*image.blobs.items(), *((d, m[0]) for d, m in image.manifests.items())]:
+        for digest, body in [
+            *image.blobs.items(),
+            *((d, m[0]) for d, m in image.manifests.items()),
+        ]:
             (store / digest[7:]).write_bytes(body)
     (root / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": entries}))
     return root

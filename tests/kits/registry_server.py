@@ -60,7 +60,7 @@ class Reply:
     chunked: bool = False
 
 
-Handler = Callable[[Request], "Reply | None | Awaitable[Reply | None]"]
+Handler = Callable[[Request], "Reply | Awaitable[Reply | None] | None"]
 
 
 class ScriptedServer:
@@ -170,7 +170,9 @@ async def write_reply(writer: asyncio.StreamWriter, reply: Reply) -> None:
 def serve_manifest(body: bytes, media_type: str, **headers: str) -> Handler:
     digest = "sha256:" + hashlib.sha256(body).hexdigest()
     base = {"Content-Type": media_type, "Docker-Content-Digest": digest}
-    return lambda request: Reply(200, body, base | {k.replace("_", "-"): v for k, v in headers.items()})
+    return lambda request: Reply(
+        200, body, base | {k.replace("_", "-"): v for k, v in headers.items()}
+    )
 
 
 def ranged(body: bytes, start: int | None, etag: str = '"e"') -> Reply:

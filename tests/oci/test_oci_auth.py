@@ -78,11 +78,16 @@ async def test_bearer_anonymous(server, source, tmp_path):
     async with source() as s:
         found = await s.resolve(AMD64)
         for layer in found.layers:
-            await s.fetch_blob(layer.descriptor, tmp_path / layer.descriptor.digest.hex, lambda n: None)
+            await s.fetch_blob(
+                layer.descriptor, tmp_path / layer.descriptor.digest.hex, lambda n: None
+            )
     assert str(found.digest) == image.digest
     assert server.count("/token") == 1
     asked = next(r for r in server.seen if r.path == "/token")
-    assert "service=reg" in asked.query and "repository:app:pull" in URL("?" + asked.query).query["scope"]
+    assert (
+        "service=reg" in asked.query
+        and "repository:app:pull" in URL("?" + asked.query).query["scope"]
+    )
 
 
 async def test_bearer_with_credentials(server, source, docker_config):
@@ -195,7 +200,14 @@ def test_a5_token_answers(body, value, lifetime):
 @pytest.mark.quick
 @pytest.mark.parametrize(
     "body",
-    [b"{}", b'{"token": 5}', b'{"token": "a b"}', b'{"token": "a\\r\\nX: y"}', b"[]", b'{"token": ""}'],
+    [
+        b"{}",
+        b'{"token": 5}',
+        b'{"token": "a b"}',
+        b'{"token": "a\\r\\nX: y"}',
+        b"[]",
+        b'{"token": ""}',
+    ],
 )
 def test_a5_unusable_tokens(body):
     """A5: a token that cannot stand in a header is refused."""
@@ -409,7 +421,11 @@ async def test_docker_config_forms(tmp_path, docker_config):
     assert await ask(hub, None, "docker.io") is not None
     assert await ask(hub, None) is None
     assert await ask(write_config(tmp_path, {"auths": {"reg.example": {}}}), None) is None
-    for broken in ({"auths": {"reg.example": {"auth": "%%"}}}, {"auths": []}, {"auths": {"reg.example": 1}}):
+    for broken in (
+        {"auths": {"reg.example": {"auth": "%%"}}},
+        {"auths": []},
+        {"auths": {"reg.example": 1}},
+    ):
         with pytest.raises(Rejected):
             if broken["auths"] == []:
                 broken = {"auths": [1]}

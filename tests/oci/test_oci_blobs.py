@@ -162,7 +162,9 @@ async def reset_at(fetch, server, count):
 async def test_a14_resume_of_an_earlier_run(server, fetch):
     """A14: what an earlier run left is hashed, not fetched again."""
     body = blob(100_000)
-    got, counts = await fetch(body, lambda r: ranged(body, r.start_of_range()), partial=body[:60_000])
+    got, counts = await fetch(
+        body, lambda r: ranged(body, r.start_of_range()), partial=body[:60_000]
+    )
     assert got == body and counts[0] == 60_000
     assert [r.start_of_range() for r in server.seen] == [60_000]
 
@@ -178,7 +180,9 @@ async def test_a14_complete_partial_needs_no_request(server, fetch):
 async def test_a14_rotten_partial(fetch, rotten):
     """A14: a partial file of other bytes costs one more download, never a wrong blob."""
     body = blob(1000)
-    assert (await fetch(body, lambda r: ranged(body, r.start_of_range()), partial=rotten))[0] == body
+    assert (await fetch(body, lambda r: ranged(body, r.start_of_range()), partial=rotten))[
+        0
+    ] == body
 
 
 async def test_a15_range_ignored(fetch):
@@ -221,7 +225,7 @@ async def test_a16_206_without_a_question(fetch, server):
 
 
 async def test_a16_range_of_right_place_and_wrong_bytes(fetch):
-    """A16: right headers over wrong bytes are found by the digest, and the blob is fetched whole."""
+    """A16: right headers over wrong bytes: found by the digest, and fetched whole."""
     body = blob(50_000)
 
     def handler(request):
@@ -414,9 +418,7 @@ async def test_cancelled_download_resumes(server, source, tmp_path):
     server.routes[path] = stuck
     target = tmp_path / "blob"
     async with source() as s:
-        task = asyncio.create_task(
-            s.fetch_blob(described(body), target, lambda n: arrived.set())
-        )
+        task = asyncio.create_task(s.fetch_blob(described(body), target, lambda n: arrived.set()))
         await arrived.wait()
         with pytest.raises(Busy):
             await s.fetch_blob(described(body), target, lambda n: None)

@@ -70,7 +70,9 @@ async def test_a9_no_authorization_elsewhere(server, other_server, source, tmp_p
         return answer
 
     digest = layer_of(image)
-    inner[f"/v2/app/blobs/{digest}"] = redirect(f"http://user:pw@{other_server.host}/data?sig=a%2Fb")
+    inner[f"/v2/app/blobs/{digest}"] = redirect(
+        f"http://user:pw@{other_server.host}/data?sig=a%2Fb"
+    )
     server.routes = {path: basic(handler) for path, handler in inner.items()}
     other_server.routes["/data"] = lambda request: Reply(200, image.blobs[digest])
     async with source(
@@ -125,8 +127,12 @@ def test_a10_user_info_and_relative_targets():
     here = URL("https://reg.example/v2/app/blobs/x")
     hop = next_hop(here, "https://u:p@cdn.example/a%2Fb?X-Sig=%2B%3D#frag", RegistrySettings(), "x")
     assert str(hop) == "https://cdn.example/a%2Fb?X-Sig=%2B%3D"
-    assert str(next_hop(here, "../y?z", RegistrySettings(), "x")) == "https://reg.example/v2/app/y?z"
-    assert str(next_hop(here, "//cdn.example/y", RegistrySettings(), "x")) == "https://cdn.example/y"
+    assert (
+        str(next_hop(here, "../y?z", RegistrySettings(), "x")) == "https://reg.example/v2/app/y?z"
+    )
+    assert (
+        str(next_hop(here, "//cdn.example/y", RegistrySettings(), "x")) == "https://cdn.example/y"
+    )
 
 
 async def test_a11_redirect_to_private_address(server, other_server, source):
@@ -237,7 +243,9 @@ async def test_a26_bad_certificates(case, authority, source, tmp_path):
     trusted = None if case == "self-signed" else ca_file
     async with ScriptedServer(server_context(authority, name, **more)) as server:
         server.add_image(make_image())
-        async with source(host=server.host, tls_hosts=frozenset({server.host}), ca_file=trusted) as s:
+        async with source(
+            host=server.host, tls_hosts=frozenset({server.host}), ca_file=trusted
+        ) as s:
             with pytest.raises(Denied, match="TLS"):
                 await s.resolve(AMD64)
         assert not server.seen
@@ -251,7 +259,9 @@ async def test_a26_good_certificate(authority, source, tmp_path):
     authority.cert_pem.write_to_path(ca_file)
     async with ScriptedServer(server_context(authority, "127.0.0.1")) as server:
         server.add_image(make_image())
-        async with source(host=server.host, tls_hosts=frozenset({"127.0.0.1"}), ca_file=ca_file) as s:
+        async with source(
+            host=server.host, tls_hosts=frozenset({"127.0.0.1"}), ca_file=ca_file
+        ) as s:
             await s.resolve(AMD64)
 
 
