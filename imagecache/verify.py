@@ -13,6 +13,7 @@ from imagecache.chunks import BLOCK, chunk_digest
 from imagecache.chunks.codec import decode_chunk
 from imagecache.errors import Corrupt, NotFound
 from imagecache.store.base import Priority, RangeReader
+from imagecache.tasks import task_group
 
 RUN_BYTES = 4 << 20
 """Neighbouring chunks are read in one range of at most this many bytes."""
@@ -59,7 +60,7 @@ class Verifier:
                 places.release()
             progress(self.report.stored_bytes)
 
-        async with asyncio.TaskGroup() as group:
+        async with task_group() as group:
             for ordinals in contiguous_runs(self._locations):
                 await places.acquire()
                 group.create_task(check(ordinals))

@@ -24,6 +24,7 @@ from imagecache.errors import NotFound
 from imagecache.flatten.limits import Limits
 from imagecache.oci.platform import Platform
 from imagecache.oci.source import ImageLayer, ImageSource, ResolvedImage
+from imagecache.tasks import task_group
 
 UPLOADS = 4
 MAX_REFERENCES = 3
@@ -277,7 +278,7 @@ class _Job:
         }
         places = asyncio.Semaphore(UPLOADS)
         done: dict[str, Any] = {}
-        async with asyncio.TaskGroup() as uploads:
+        async with task_group() as uploads:
             async for event in run_worker(job, deadline_seconds=settings.deadline_seconds):
                 if event["event"] == "progress":
                     progress(event["bytes"])
