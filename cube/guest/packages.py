@@ -113,9 +113,7 @@ class Downloader:
         if result.returncode != 0:
             raise _failure("cannot read the package sources", result.stderr)
 
-    def _apt(
-        self, program: str, *words: str, directory: Path
-    ) -> subprocess.CompletedProcess[str]:
+    def _apt(self, program: str, *words: str, directory: Path) -> subprocess.CompletedProcess[str]:
         command = [program, *self._private, "-q"]
         if os.geteuid() == 0:
             # apt's own user cannot write in a private directory, and would warn about it.
