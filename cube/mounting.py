@@ -24,8 +24,15 @@ from typing import Any
 import click
 
 from imagecache.errors import Busy, CubecacheError, Denied, NotFound, Unavailable, Unsupported
-from imagecache.session import Session, face_option, fill_option, json_option, platform_option
-from preload.client import Client, ExportHandle, Settings, answers, connect, start_daemon
+from imagecache.session import (
+    Session,
+    Settings,
+    face_option,
+    fill_option,
+    json_option,
+    platform_option,
+)
+from preload.client import Client, ExportHandle, answers, connect, start_daemon
 
 START_SECONDS = 30.0
 COMMAND_SECONDS = 120.0

@@ -14,6 +14,15 @@ import click
 from imagecache.settings import Settings, load_settings
 from imagecache.terminal import Terminal
 
+__all__ = [
+    "Session",
+    "Settings",
+    "face_option",
+    "fill_option",
+    "json_option",
+    "platform_option",
+]
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from imagecache.cache.device import BlockImageDevice
 from imagecache.cache.fill import Fill
-from imagecache.cache.source import ImageMap
+from imagecache.cache.image import ImageMap
 from imagecache.daemon.exporttable import ExportRecord
 from nbdserver.device import Device
 from nbdserver.exports import UnknownExport
@@ -62,12 +62,14 @@ class LiveExport:
             "fill": None
             if progress is None
             else {
-                "mode": record.fill,
+                "mode": str(progress.mode),
                 "state": str(progress.state),
                 "chunks": progress.chunks,
                 "chunks_total": progress.chunks_total,
                 "bytes": progress.bytes,
                 "bytes_total": progress.bytes_total,
+                "failed": progress.failed,
+                "error": progress.error,
             },
             "config": json.loads(record.config),
         }

@@ -23,9 +23,9 @@ from imagecache.cache.arena import Arena
 from imagecache.cache.device import open_device
 from imagecache.cache.fetch import Fetcher, FetchSettings
 from imagecache.cache.fill import Fill, FillMode, default_mode
+from imagecache.cache.image import ImageMap
 from imagecache.cache.objects import ObjectCache
 from imagecache.cache.settings import ArenaSettings, Integrity
-from imagecache.cache.source import ImageMap
 from imagecache.catalog import Catalog
 from imagecache.composition import (
     DEFAULT_OPTIONS,
@@ -243,7 +243,6 @@ class Service:
         export.fill = Fill(
             image,
             self.fetcher,
-            self.arena,
             mode=mode,
             bytes_per_second=self.settings.cache.fill_bytes_per_second,
         )
