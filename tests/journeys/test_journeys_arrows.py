@@ -18,7 +18,10 @@ ARROWS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("imagecache", ("imagecache",)),
     ("preload", ("preload", "imagecache")),
     # session: the context object that every command of the CLI is given
-    ("cube", ("cube", "preload.client", "nbdserver.attach", "imagecache.errors", "imagecache.session")),
+    (
+        "cube",
+        ("cube", "preload.client", "nbdserver.attach", "imagecache.errors", "imagecache.session"),
+    ),
 )
 
 # Pure modules do no I/O: bytes in, a plan out.

@@ -136,6 +136,9 @@ def _oddities() -> Sequence[Entry]:
 
 def _removals() -> Sequence[Entry]:
     return [
+        # Like a builder's layer, with the folders on the way to what changed.
+        directory("odd", 0o2775, uid=1000, gid=2_000_000_000),
+        directory("crowd"),
         whiteout("removed"),
         whiteout("doomed"),
         opaque("emptied"),
@@ -150,8 +153,8 @@ def _removals() -> Sequence[Entry]:
     ]
 
 
-def _program(path: str, text: str) -> Callable[[], Sequence[Entry]]:
-    return lambda: [Entry(path, mode=0o755, content=text.encode())]
+def _program(name: str, text: str) -> Callable[[], Sequence[Entry]]:
+    return lambda: [directory("app"), Entry(f"app/{name}", mode=0o755, content=text.encode())]
 
 
 _BUSYBOX = (Packages(("busybox-static",), variant="extract"), Written(_busybox_base))
@@ -165,13 +168,13 @@ _PYTHON_RUN = Settings(
 _ALL = (
     Recipe(
         "static-busybox",
-        1,
+        2,
         (*_BUSYBOX, Written(_oddities, "zstd"), Written(_removals)),
         _BUSYBOX_RUN,
     ),
     Recipe(
         "static-busybox-v2",
-        1,
+        2,
         (
             *_BUSYBOX,
             Written(_oddities, "zstd"),
@@ -201,16 +204,17 @@ _ALL = (
     ),
     Recipe(
         "nginx",
-        1,
+        2,
         (
             Packages(),
             Packages(("nginx-light", "iputils-ping")),
             Written(
                 lambda: [
+                    *map(directory, ("var", "var/www", "var/www/html")),
+                    *map(directory, ("etc", "etc/nginx", "etc/nginx/sites-enabled")),
                     Entry("var/www/html/index.html", content=b"<h1>cubecache</h1>\n"),
                     whiteout("etc/nginx/sites-enabled/default"),
-                ],
-                "zstd",
+                ]
             ),
         ),
         Settings(command=("nginx", "-g", "daemon off;"), environment=(_PATH,)),
@@ -227,9 +231,9 @@ _ALL = (
         (
             Packages(),
             Packages(("nodejs",)),
-            Written(_program("app.js", 'console.log("hello from node", process.version)\n')),
+            Written(_program("main.js", 'console.log("hello from node", process.version)\n')),
         ),
-        Settings(command=("nodejs", "/app.js"), environment=(_PATH,)),
+        Settings(command=("nodejs", "/app/main.js"), environment=(_PATH,)),
     ),
     Recipe(
         "openjdk",
@@ -246,7 +250,7 @@ _ALL = (
             Wheels(("torch==2.13.0", "numpy"), "opt/wheels"),
             Written(
                 _program(
-                    "app/main.py",
+                    "main.py",
                     "import torch\n"
                     "print('hello from torch', torch.__version__)\n"
                     "print(torch.arange(10.0).sum().item())\n",
