@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import signal
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +50,15 @@ class Credentials:
             return None
         pair = f"{self.username}:{self.password}".encode()
         return "Basic " + base64.b64encode(pair).decode("ascii")
+
+
+def docker_config_path(environment: Mapping[str, str]) -> Path | None:
+    """Where docker keeps its config.json, by DOCKER_CONFIG or HOME; for the composition root."""
+    if directory := environment.get("DOCKER_CONFIG"):
+        return Path(directory) / "config.json"
+    if home := environment.get("HOME"):
+        return Path(home) / ".docker" / "config.json"
+    return None
 
 
 async def find_credentials(
@@ -131,7 +141,7 @@ async def _ask_helper(
     if not isinstance(name, str) or not _HELPER_NAME.match(name):
         raise Rejected("docker config names a credential helper that is not a plain name")
     program = f"docker-credential-{name}"
-    found = shutil.which(program, path=helper_path)
+    found = await asyncio.to_thread(shutil.which, program, path=helper_path)
     if found is None:
         raise Denied(f"credential helper {program} is not installed", remedy="install it")
     try:

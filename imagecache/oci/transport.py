@@ -264,4 +264,8 @@ def check_status(reply: Reply, what: str) -> None:
         )
     if status in {401, 403}:
         raise Denied(f"{what}: {where} refuses ({status})", remedy="check the credentials")
-    raise Rejected(f"{what}: {where} answers {status}")
+    plain = status == 400 and reply.origin.scheme == "http"
+    raise Rejected(
+        f"{what}: {where} answers {status}",
+        remedy="if it speaks TLS, list it among the TLS hosts" if plain else None,
+    )

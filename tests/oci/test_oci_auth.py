@@ -14,7 +14,7 @@ from yarl import URL
 
 from imagecache.errors import Denied, LimitExceeded, Rejected, Unavailable
 from imagecache.oci.challenge import parse_challenges, parse_token, retry_delay
-from imagecache.oci.credentials import Credentials, find_credentials
+from imagecache.oci.credentials import Credentials, docker_config_path, find_credentials
 from imagecache.oci.origin import Origin, check_realm, origin_of
 from imagecache.oci.platform import Platform
 from imagecache.oci.settings import RegistrySettings
@@ -435,3 +435,12 @@ async def test_docker_config_forms(tmp_path, docker_config):
     with pytest.raises(Rejected, match="twice"):
         await ask(twice, None)
     assert "s3cret" not in repr(await ask(docker_config("reg.example"), None))
+
+
+@pytest.mark.quick
+def test_where_docker_keeps_its_config():
+    """DOCKER_CONFIG, then HOME, then nowhere."""
+    both = {"DOCKER_CONFIG": "/d", "HOME": "/h"}
+    assert str(docker_config_path(both)) == "/d/config.json"
+    assert str(docker_config_path({"HOME": "/h"})) == "/h/.docker/config.json"
+    assert docker_config_path({}) is None

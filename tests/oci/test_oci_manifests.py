@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import pickle
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from kits.oci_images import (
     DOCKER_CONFIG,
     DOCKER_MANIFEST,
@@ -22,7 +25,7 @@ from kits.oci_images import (
 )
 from kits.registry_server import Reply, serve_manifest
 
-from imagecache.errors import LimitExceeded, NotFound, Rejected, Unsupported
+from imagecache.errors import CubecacheError, LimitExceeded, NotFound, Rejected, Unsupported
 from imagecache.oci.manifest import (
     ImageIndex,
     ImageManifest,
@@ -75,6 +78,7 @@ async def test_resolved_image(resolve):
     config = found.config
     assert (config.env, config.entrypoint, config.cmd) == (("A=1",), ("/e",), ())
     assert (config.user, config.working_dir, config.stop_signal) == ("1:2", "/w", "SIGINT")
+    assert pickle.loads(pickle.dumps(found)) == found  # it travels to conversion workers
     assert config.labels == {"k": "v"} and config.os == "linux" and config.architecture == "amd64"
     assert [str(layer.diff_id) for layer in found.layers] == json.loads(found.config_raw)["rootfs"][
         "diff_ids"
@@ -540,3 +544,40 @@ async def test_a24_tag_deleted(server, source):
         async with source() as s:
             with pytest.raises(NotFound):
                 await s.resolve(AMD64)
+
+
+KEYS = st.sampled_from(
+    "schemaVersion mediaType config layers manifests digest size platform os architecture urls "
+    "data annotations rootfs type diff_ids Env".split()
+)
+ATOMS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=9)
+ATOMS |= st.sampled_from([OCI_INDEX, OCI_MANIFEST, OCI_CONFIG, "sha256:" + "a" * 64, 2])
+TREES = st.recursive(
+    ATOMS, lambda t: st.lists(t, max_size=4) | st.dictionaries(KEYS, t, max_size=6)
+)
+
+
+@quick
+@given(TREES)
+def test_b2_any_tree(tree):
+    """B2: any JSON parses or is refused with a type of ours, as a manifest and as a config."""
+    raw = json.dumps(tree).encode()
+    for call in (
+        lambda: parse(raw),
+        lambda: parse(raw, OCI_MANIFEST),
+        lambda: parse_config(raw, limit=1 << 20, max_layers=512, what="c"),
+    ):
+        try:
+            call()
+        except CubecacheError:
+            pass
+
+
+@quick
+@given(st.binary(max_size=200))
+def test_b2_any_bytes(raw):
+    """B2: any bytes parse or are refused with a type of ours."""
+    try:
+        parse_json(raw, limit=1 << 20, what="x")
+    except Rejected:
+        pass

@@ -14,6 +14,8 @@ from kits.registry_server import Reply, ScriptedServer
 from yarl import URL
 
 from imagecache.errors import Denied
+from imagecache.oci.descriptor import Descriptor
+from imagecache.oci.digest import Digest
 from imagecache.oci.origin import address_allowed, next_hop, registry_origin
 from imagecache.oci.platform import Platform
 from imagecache.oci.settings import RegistrySettings
@@ -280,3 +282,39 @@ async def test_a10_https_to_http_on_the_wire(authority, server, source, tmp_path
             with pytest.raises(Denied, match="https to http"):
                 await s.resolve(AMD64)
     assert server.connections == 0
+
+
+async def test_b10_foreign_layer_by_url(authority, server, source, tmp_path, docker_config):
+    """B10: where enabled, from an https URL, and without the registry's credentials."""
+    ca_file = tmp_path / "ca.pem"
+    authority.cert_pem.write_to_path(ca_file)
+    body = b"foreign" * 1000
+    async with ScriptedServer(server_context(authority, "127.0.0.1")) as vendor:
+        vendor.routes["/gone"] = lambda request: Reply(404)
+        vendor.routes["/layer"] = lambda request: Reply(200, body)
+        descriptor = Descriptor(
+            "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip",
+            Digest.of(body),
+            len(body),
+            urls=(f"https://{vendor.host}/gone", f"https://{vendor.host}/layer"),
+        )
+        async with source(
+            foreign_urls=True,
+            ca_file=ca_file,
+            docker_config=docker_config(vendor.host),
+            allowed_private=frozenset({vendor.host}),
+        ) as s:
+            await s.fetch_blob(descriptor, tmp_path / "b", lambda n: None)
+        assert (tmp_path / "b").read_bytes() == body
+        assert all("authorization" not in request.headers for request in vendor.seen)
+
+
+async def test_one_connection_serves_a_pull(server, source, tmp_path):
+    """Manifest, config and blobs, one after the other, share one connection."""
+    server.add_image(make_image())
+    async with source() as s:
+        found = await s.resolve(AMD64)
+        for layer in found.layers:
+            target = tmp_path / layer.descriptor.digest.hex
+            await s.fetch_blob(layer.descriptor, target, lambda n: None)
+    assert len(server.seen) == 4 and server.connections == 1
