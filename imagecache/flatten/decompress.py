@@ -256,6 +256,8 @@ def open_layer(raw: BinaryIO, limits: Limits, hasher: Hasher | None = None) -> L
     does at its end) its digest is the diff id. Raises nothing before the first `piece()`.
     """
     head = raw.read(RAW_PIECE)
+    while 0 < len(head) < 4 and (more := raw.read(RAW_PIECE)):
+        head += more
     if head.startswith(GZIP_MAGIC):
         codec = "gzip"
     elif head.startswith((ZSTD_MAGIC, *SKIPPABLE_MAGICS)):
