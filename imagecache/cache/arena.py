@@ -101,8 +101,7 @@ class Arena:
 
     def _load(self, index: SlotIndex) -> None:
         table = self.table
-        for slot, digest, blocks in index.rows():
-            table.restore(slot, digest, blocks)
+        table.restore(index.rows())
         if index.lost:
             for start, end in self.file.data_ranges():
                 for slot in range(start // SLOT_BYTES, -(-end // SLOT_BYTES)):
@@ -175,12 +174,27 @@ class Arena:
             degraded=self._degraded,
         )
 
-    def lease(self, digests: Iterable[bytes], seconds: float | None = None) -> Lease:
-        """Keeps content from eviction, whether it is here yet or not, until released or run out."""
-        lease = Lease(self.table, frozenset(digests))
+    def lease(
+        self, digests: Iterable[bytes], seconds: float | None = None, *, weight: int = 0
+    ) -> Lease:
+        """Keeps content from eviction, whether it is here yet or not, until released or run out.
+
+        `weight` is the bytes that it takes here; `leased_bytes` sums what is held in this way.
+        """
+        lease = Lease(self.table, frozenset(digests), weight)
         if seconds is not None:
             lease.ends_in(seconds)
         return lease
+
+    @property
+    def leased_bytes(self) -> int:
+        """What all leases together weigh."""
+        return self.table.leased_bytes
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the next large chunk would push another one out."""
+        return (self.table.used_blocks * BLOCK) + SLOT_BYTES > self.settings.budget_bytes
 
     # --- reading
 

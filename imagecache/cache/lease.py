@@ -10,11 +10,13 @@ from imagecache.cache.slots import SlotTable
 class Lease:
     """A holder's right that chunks stay in the arena once they are there."""
 
-    def __init__(self, table: SlotTable, digests: frozenset[bytes]) -> None:
+    def __init__(self, table: SlotTable, digests: frozenset[bytes], weight: int) -> None:
+        """`weight`: bytes of the arena that the content takes, as the holder reckons."""
         self._table = table
+        self._weight = weight
         self._digests = digests
         self._end: asyncio.TimerHandle | None = None
-        table.lease(digests)
+        table.lease(digests, weight)
 
     def ends_in(self, seconds: float) -> None:
         """Lets the right run out by itself (monotonic time)."""
@@ -27,4 +29,4 @@ class Lease:
             self._end = None
         digests, self._digests = self._digests, frozenset()
         if digests:
-            self._table.unlease(digests)
+            self._table.unlease(digests, self._weight)

@@ -40,6 +40,10 @@ class SlotQueue:
         """Appends a slot under a mark that tells live entries from stale ones."""
         self._entries.append(mark << _SLOT_BITS | slot)
 
+    def extend(self, entries: array[int]) -> None:
+        """Appends many entries that are packed already."""
+        self._entries.extend(entries)
+
     def pop(self) -> tuple[int, int]:
         """The oldest (slot, mark)."""
         entry = self._entries[self._head]
@@ -77,16 +81,26 @@ class Recency:
         """Ends a tick: uses from now on are later than those before."""
         self.tick = self.tick % TICKS + 1
 
-    def add(self, slot: int, digest: bytes, *, settled: bool = False, ahead: bool = False) -> None:
-        """A chunk became visible.
+    def settle(self, slots: array[int]) -> None:
+        """Chunks of the last run: they skip probation."""
+        marks = self._marks
+        mark = self._next_mark
+        entries = array("Q")
+        for slot in slots:
+            marks[slot] = mark
+            entries.append(mark << _SLOT_BITS | slot)
+            mark += 1
+        self._next_mark = mark
+        self._main.extend(entries)
+        self._live += len(slots)
 
-        `settled`: known from the last run, it skips probation. `ahead`: nobody asked for it yet.
-        """
+    def add(self, slot: int, digest: bytes, *, ahead: bool) -> None:
+        """A chunk became visible; `ahead`: nobody has asked for it yet."""
         self._live += 1
         self.touched[slot] = 0
         self.unread[slot] = ahead
         self._admitted[slot] = self.tick
-        if settled or digest in self._ghosts:
+        if digest in self._ghosts:
             self._ghosts.pop(digest, None)
             self._push_main(slot)
         else:

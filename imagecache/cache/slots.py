@@ -7,6 +7,7 @@ dropped while somebody reads it waits as DOOMED for the last pin.
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -63,6 +64,7 @@ class SlotTable:
         self.wasted = 0
         self.unchecked = 0
         self.pinned = 0
+        self.leased_bytes = 0  # as the holders reckon it; shared content counts for each
         self._pins = array("I", bytes(4 * slot_count))
         self._occupied = bytearray(slot_count)
         self._slot_of: dict[bytes, int] = {}
@@ -248,13 +250,15 @@ class SlotTable:
             if self.states[slot] == SlotState.DOOMED:
                 self._give_back(slot)
 
-    def lease(self, digests: Iterable[bytes]) -> None:
-        """Content that stays, present already or not."""
+    def lease(self, digests: Iterable[bytes], weight: int) -> None:
+        """Content that stays, present already or not; `weight` bytes of it."""
+        self.leased_bytes += weight
         for digest in digests:
             self._leases[digest] = self._leases.get(digest, 0) + 1
 
-    def unlease(self, digests: Iterable[bytes]) -> None:
+    def unlease(self, digests: Iterable[bytes], weight: int) -> None:
         """The inverse of `lease`."""
+        self.leased_bytes -= weight
         for digest in digests:
             count = self._leases.pop(digest)
             if count > 1:
@@ -268,20 +272,28 @@ class SlotTable:
 
     # --- what an earlier run left
 
-    def restore(self, slot: int, digest: bytes, blocks: int) -> bool:
-        """One row of the index; False for a row that cannot be."""
-        if not 0 <= slot < self.slot_count or not 0 < blocks <= MAX_CHUNK_BLOCKS:
-            return False
-        if self.states[slot] != SlotState.FREE or digest in self._slot_of:
-            return False
-        self.states[slot] = SlotState.UNCHECKED
-        self.unchecked += 1
-        self.blocks[slot] = blocks
-        self._occupy(slot, blocks)
-        self._slot_of[digest] = slot
-        self.digests[slot] = digest
-        self.recency.add(slot, digest, settled=True)
-        return True
+    def restore(self, rows: Iterable[tuple[int, bytes, int]]) -> None:
+        """Takes an index's rows (slot, digest, blocks), but those that cannot be."""
+        # A million rows must not take seconds: columns are locals, and nothing is called per row.
+        states, sizes, occupied = self.states, self.blocks, self._occupied
+        digests, slot_of = self.digests, self._slot_of
+        slots = array("I")
+        total, limit, free = 0, self.slot_count, SlotState.FREE.value
+        unchecked = SlotState.UNCHECKED.value
+        for slot, digest, blocks in rows:
+            if not 0 <= slot < limit or not 0 < blocks <= MAX_CHUNK_BLOCKS:
+                continue
+            if states[slot] != free or digest in slot_of:
+                continue
+            states[slot] = unchecked
+            sizes[slot] = occupied[slot] = blocks
+            slot_of[digest] = slot
+            digests[slot] = digest
+            total += blocks
+            slots.append(slot)
+        self.used_blocks += total
+        self.unchecked += len(slots)
+        self.recency.settle(slots)
 
     def restore_unknown(self, slot: int, blocks: int) -> None:
         """A slot that holds data which no index names."""
@@ -292,16 +304,12 @@ class SlotTable:
 
     def restored(self) -> list[tuple[int, int]]:
         """Ends restoring: frees what is left, and says which runs [start, end) hold no chunk."""
-        used = [slot for slot in range(self.slot_count) if self.states[slot] != SlotState.FREE]
-        self._fresh = used[-1] + 1 if used else 0
-        runs: list[tuple[int, int]] = []
-        at = 0
-        for slot in used:
-            if slot > at:
-                runs.append((at, slot))
-                self._clean.extend(range(at, slot))
-            at = slot + 1
-        runs.append((at, self.slot_count))
+        runs = [match.span() for match in re.finditer(b"\\x00+", self.states)]
+        tail = runs[-1] if runs and runs[-1][1] == self.slot_count else None
+        self._fresh = tail[0] if tail else self.slot_count
+        for start, end in runs:
+            if start < self._fresh:
+                self._clean.extend(range(start, end))
         while self.can_punch and self.used_blocks > self.budget_blocks:
             slot = self._evict()
             if slot < 0:
@@ -328,10 +336,10 @@ class SlotTable:
         self.states[slot] = SlotState.CHECKED
         self.blocks[slot] = blocks
         self._list(slot, digest)
-        self.recency.add(slot, digest, settled=True)
+        self.recency.add(slot, digest, ahead=False)
         return True
 
-    # --- accounting: the only functions that change what is occupied
+    # --- accounting: the only functions that change what is occupied, but for `restore`
 
     def _occupy(self, slot: int, blocks: int) -> None:
         self._occupied[slot] = blocks
