@@ -1,8 +1,9 @@
 """imagecache's commands: serving, names, checks. Each reads settings and prints, no more."""
 
 from imagecache.commands.doctor import doctor
-from imagecache.commands.images import images, inspect, remove
+from imagecache.commands.images import images, remove
+from imagecache.commands.inspecting import diff, inspect
 from imagecache.commands.serving import serve
 from imagecache.commands.verifying import verify
 
-COMMANDS = (serve, images, inspect, verify, remove, doctor)
+COMMANDS = (serve, images, inspect, diff, verify, remove, doctor)

@@ -1,4 +1,4 @@
-"""`cubecache images`, `inspect` and `rm`: what the store holds, by name."""
+"""`cubecache images` and `rm`: what the store holds, by name."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from imagecache.blockimage.keys import ImageKey
 from imagecache.blockimage.manifest import Face
 from imagecache.blockimage.records import AliasRecord, RootRecord
 from imagecache.catalog import Catalog
-from imagecache.chunks import BLOCK
-from imagecache.composition import DEFAULT_OPTIONS, alias_name, opened_catalog, parse_face
+from imagecache.composition import DEFAULT_OPTIONS, alias_name, opened_catalog
 from imagecache.errors import NotFound
 from imagecache.oci.reference import parse_reference
-from imagecache.session import Session, face_option, json_option
+from imagecache.session import Session, json_option
 from imagecache.terminal import size_text, table_text
 
 _DIGEST = re.compile(r"(?:sha256:)?[0-9a-f]{8,64}")
@@ -79,58 +78,6 @@ def images(session: Session) -> None:
         for item in answer
     ]
     session.terminal.answer(answer, table_text(rows))
-
-
-@click.command(epilog="\b\nExamples:\n  cubecache inspect docker.io/library/nginx")
-@click.argument("image")
-@face_option
-@json_option
-@click.pass_obj
-def inspect(session: Session, *, image: str, face: str) -> None:
-    """Show an image's layers, regions, chunks and where they are."""
-
-    async def gather() -> dict[str, Any]:
-        async with opened_catalog(session.settings) as (_, catalog):
-            root = await find_root(catalog, image, parse_face(face))
-            manifest = await catalog.block_manifest(bytes.fromhex(root.block_image))
-            return {
-                "image": root.image,
-                "block_image": root.block_image,
-                "platform": root.platform,
-                "fs": root.face,
-                "realm": root.realm,
-                "generation": root.generation,
-                "config": root.config,
-                "size_bytes": root.size_bytes,
-                "packed_bytes": root.packed_bytes,
-                "packs": list(root.packs),
-                "chunks": root.chunks,
-                "extents": len(manifest.extents),
-                "metadata_bytes": manifest.metadata_blocks * BLOCK,
-                "window_bytes": manifest.window_blocks * BLOCK,
-                "layers": [
-                    {
-                        "diff_id": diff_id,
-                        "index": layer.index.hex(),
-                        "offset_bytes": layer.start_block * BLOCK,
-                        "size_bytes": layer.blocks * BLOCK,
-                    }
-                    for diff_id, layer in zip(root.layers, manifest.layers, strict=True)
-                ],
-            }
-
-    answer = asyncio.run(gather())
-    plain = [
-        (name, size_text(value) if name.endswith("_bytes") else str(value))
-        for name, value in answer.items()
-        if not isinstance(value, list)
-    ]
-    rows: list[tuple[str, ...]] = [("LAYER", "OFFSET", "SIZE")]
-    rows += [
-        (layer["diff_id"], size_text(layer["offset_bytes"]), size_text(layer["size_bytes"]))
-        for layer in answer["layers"]
-    ]
-    session.terminal.answer(answer, table_text(plain) + "\n\n" + table_text(rows))
 
 
 @click.command("rm", epilog="\b\nExamples:\n  cubecache rm docker.io/library/nginx:1.27")

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import click
 
 from imagecache.commands.images import find_root
-from imagecache.composition import opened_catalog, parse_face
-from imagecache.errors import Corrupt
+from imagecache.composition import (
+    ImageRequest,
+    build_image,
+    opened_catalog,
+    parse_face,
+    prepare_state_dir,
+)
+from imagecache.errors import Corrupt, NotFound
+from imagecache.oci.reference import RegistryReference, parse_reference
 from imagecache.session import Session, face_option, json_option
 from imagecache.terminal import size_text
 from imagecache.verify import Verifier
@@ -18,13 +28,25 @@ from imagecache.verify import Verifier
 SHOWN = 20
 
 
-@click.command(epilog="\b\nExamples:\n  cubecache verify docker.io/library/nginx")
+@click.command(
+    epilog="\b\nExamples:\n  cubecache verify docker.io/library/nginx\n"
+    "  cubecache verify --rebuild docker.io/library/nginx"
+)
 @click.argument("image")
+@click.option("--rebuild", is_flag=True, help="Build it again from its source, and compare.")
 @face_option
 @json_option
 @click.pass_obj
-def verify(session: Session, *, image: str, face: str) -> None:
-    """Read every chunk of an image back from the store and check it."""
+def verify(session: Session, *, image: str, rebuild: bool, face: str) -> None:
+    """Read every chunk of an image back from the store and check it.
+
+    With --rebuild the image is pulled and built again into a scratch store, and must come out
+    with the same block image digest.
+    """
+    if rebuild:
+        answer = asyncio.run(_rebuild(session, image, face))
+        session.terminal.answer(answer, f"{image}: built again, {answer['block_image']}: the same")
+        return
 
     async def check() -> dict[str, Any]:
         async with opened_catalog(session.settings) as (opened, catalog):
@@ -57,3 +79,47 @@ def verify(session: Session, *, image: str, face: str) -> None:
         f"{image}: {answer['chunks']} chunks, {size_text(answer['stored_bytes'])} read back, "
         "all intact",
     )
+
+
+async def _rebuild(session: Session, image: str, face: str) -> dict[str, Any]:
+    settings = session.settings
+    async with opened_catalog(settings) as (_, catalog):
+        root = await find_root(catalog, image, parse_face(face))
+        sources = [alias.name for alias in await catalog.aliases() if alias.image == root.image]
+    if not sources:
+        raise NotFound(
+            f"image {root.image} has no name here, so nobody knows where it came from",
+            remedy="preload it by its reference",
+        )
+    source = pinned(sources[0], root.image)
+    await asyncio.to_thread(prepare_state_dir, settings)
+    with tempfile.TemporaryDirectory(dir=settings.state_dir, prefix="rebuild-") as scratch:
+        there = dataclasses.replace(
+            settings, state_dir=Path(scratch), store_url=Path(scratch, "store").as_uri()
+        )
+        async with opened_catalog(there) as (_, empty):
+            request = ImageRequest(source, root.platform, face)
+            result = await build_image(
+                there,
+                empty,
+                request,
+                lambda step: session.terminal.progress(
+                    f"{source}: {step.stage}", step.done_bytes, step.total_bytes
+                ),
+            )
+    if result.image != root.image:
+        raise NotFound(
+            f"{source} is {result.image} by now, no longer {root.image}",
+            remedy="name the image by its digest",
+        )
+    if result.block_image != root.block_image:
+        raise Corrupt(f"{image} was built as {root.block_image}, and now as {result.block_image}")
+    return {"image": root.image, "block_image": root.block_image, "seconds": result.seconds}
+
+
+def pinned(name: str, image: str) -> str:
+    """A reference to the same image by digest, where its source can be asked for one."""
+    reference = parse_reference(name)
+    if isinstance(reference, RegistryReference):
+        return f"{reference.host}/{reference.repository}@{image}"
+    return name
