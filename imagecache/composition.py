@@ -15,6 +15,7 @@ from imagecache.build.progress import BuildResult, Report
 from imagecache.build.spool import Spool, builder_lock
 from imagecache.catalog import AliasName, Catalog
 from imagecache.errors import Denied, UsageError
+from imagecache.oci.credentials import docker_config_path
 from imagecache.oci.platform import host_platform, parse_platform
 from imagecache.oci.reference import Reference, RegistryReference, parse_reference
 from imagecache.oci.settings import RegistrySettings
@@ -75,7 +76,9 @@ def registry_settings(settings: Settings) -> RegistrySettings:
     """How registries are reached."""
     section = settings.registry
     return RegistrySettings(
-        docker_config=Path(section.docker_config) if section.docker_config else None,
+        docker_config=(
+            Path(section.docker_config) if section.docker_config else docker_config_path(os.environ)
+        ),
         plain_http_hosts=frozenset(section.plain_http),
         insecure_tls_hosts=frozenset(section.insecure_tls),
         ca_file=Path(section.ca_file) if section.ca_file else None,
