@@ -264,8 +264,8 @@ def test_entry_caps() -> None:
 
 
 ODD_NAMES = [b"\xff\xfe", b"a\nb", b"\x1b[31mred", "\u202egnp".encode(), b"\xed\xa0\x80", b" ",
-             b"-", b"!", b"~", b"\x01", b"\\", b"*", "\u00e9".encode(), "e\u0301".encode(), b"A", b"a",
-             b"...", b"..a", b"wh.", b"x.wh.y"]  # fmt: skip
+             b"-", b"!", b"~", b"\x01", b"\\", b"*", "\u00e9".encode(), "e\u0301".encode(),
+             b"A", b"a", b"...", b"..a", b"wh.", b"x.wh.y"]  # fmt: skip
 
 
 def test_odd_names() -> None:
