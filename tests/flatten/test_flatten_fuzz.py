@@ -88,8 +88,8 @@ def test_mutated_compression(edits: list[tuple[int, int]], cut: int, codec: str)
 
 
 NAMES = st.sampled_from(
-    [b"a", b"a/b", b"a/b/c", b"b", b"./a/", b"a/../b", b"c/d", b".wh.a", b"a/.wh.b", b".wh..wh..opq",
-     b"a/.wh..wh..opq", b".", b"..", b"s", b"s/x", b"s/a", b"a//b", b"\xff"]
+    [b"a", b"a/b", b"a/b/c", b"b", b"./a/", b"a/../b", b"c/d", b".wh.a", b"a/.wh.b",
+     b".wh..wh..opq", b"a/.wh..wh..opq", b".", b"..", b"s", b"s/x", b"s/a", b"a//b", b"\xff"]
 )  # fmt: skip
 MEMBERS = st.lists(
     st.tuples(st.sampled_from(b"0123456"), NAMES, NAMES, st.integers(0, 600)), max_size=14

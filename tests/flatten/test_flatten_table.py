@@ -19,6 +19,10 @@ from imagecache.flatten.tree import merge
 pytestmark = pytest.mark.quick
 
 
+COLUMNS = """entry_parent entry_inode names name_ends mode uid gid mtime mtime_ns size extra xattr_set
+symlink_targets xattr_sets lower_links whiteouts opaques links first_entry""".split()
+
+
 def small() -> TarLayer:
     return (
         TarLayer().file(b"b", b"1" * 5000, xattrs={b"user.b": b"2"}).hardlink(b"a", b"b")
@@ -35,9 +39,7 @@ def test_round_trip() -> None:
         encoded = table.encode()
         again = FileTable.decode(encoded, LIMITS)
         assert again.encode() == encoded
-        for column in ("entry_parent", "entry_inode", "name_ends", "mode", "uid", "gid", "mtime",
-                       "mtime_ns", "size", "extra", "xattr_set", "symlink_targets", "xattr_sets",
-                       "lower_links", "whiteouts", "opaques", "links", "first_entry", "names"):  # fmt: skip
+        for column in COLUMNS:
             assert getattr(again, column) == getattr(table, column), column
         assert set(again.contents) <= {-1}
         assert list(again.paths()) == list(table.paths())
