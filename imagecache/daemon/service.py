@@ -314,6 +314,7 @@ class Service:
         await self.jobs.close()
         await self.nbd.drain()
         for export in self._live.values():
+            export.listener = None  # closed by the drain
             with contextlib.suppress(CubecacheError):
                 await self._detach(export)
         await self.fetcher.close()
