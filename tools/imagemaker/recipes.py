@@ -202,6 +202,29 @@ _ALL = (
         ),
         _PYTHON_RUN,
     ),
+    # The same packages in another order: two images that differ in nothing a user would notice.
+    Recipe(
+        "python-numpy-then-yaml",
+        1,
+        (
+            Packages(),
+            Packages(("python3",)),
+            Packages(("python3-numpy",)),
+            Packages(("python3-yaml",)),
+        ),
+        _PYTHON_RUN,
+    ),
+    Recipe(
+        "python-yaml-then-numpy",
+        1,
+        (
+            Packages(),
+            Packages(("python3",)),
+            Packages(("python3-yaml",)),
+            Packages(("python3-numpy",)),
+        ),
+        _PYTHON_RUN,
+    ),
     Recipe(
         "nginx",
         2,
