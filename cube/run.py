@@ -7,14 +7,15 @@ import contextlib
 import os
 import secrets
 import signal
-from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
 from cube.configdisk import GuestConfig
 from cube.container import ContainerSpec, ImageDefaults, Overrides, check_hostname, compose
 from cube.errors import MachineFailed
+from cube.frames import INPUT_WINDOW
 from cube.guest.assets import ensure_guest
 from cube.link import GuestProcess, OutputStream, ProcessExit
 from cube.sandbox import Sandbox, SandboxSpec, boot
@@ -41,12 +42,21 @@ class RunSettings:
     """How to run. `cache` keeps the guest's files; None for kernel and initrd means our own."""
 
     cache: Path
-    memory_bytes: int = 256 * MIB
+    memory_bytes: int = 512 * MIB
     cpus: int = 1
     kernel: Path | None = None
     initrd: Path | None = None
     seconds: float | None = None  # for the program, from the machine's start
     hostname: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Streams:
+    """The caller's descriptors that the program's streams are copied to; stdin None = empty."""
+
+    stdout: int = 1
+    stderr: int = 2
+    stdin: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +72,9 @@ async def run_image(
     root: RootExport,
     overrides: Overrides,
     settings: RunSettings,
-    *,
-    stdout: int,
-    stderr: int,
+    streams: Streams,
 ) -> RunOutcome:
-    """Boots, runs the program, copies its output to two descriptors, and ends the machine.
+    """Boots, runs the program, copies its streams, and ends the machine.
 
     Raises UsageError, LimitExceeded, Unsupported, BootFailed, MachineFailed, Overdue, and
     BrokenPipeError when nobody reads stdout any more.
@@ -79,16 +87,22 @@ async def run_image(
     platform = await choose_platform(settings.cache, files)
     spec = SandboxSpec(
         name=hostname,
-        config=guest_config(container, root.file_system, hostname),
+        config=guest_config(
+            container, root.file_system, hostname, wants_stdin=streams.stdin is not None
+        ),
         disks=(NbdDisk(ROOT_SERIAL, root.socket, root.export),),
         memory_bytes=settings.memory_bytes,
         cpus=settings.cpus,
     )
     async with boot(QemuDriver(platform), files, spec) as sandbox:
         process = sandbox.link.processes[container.id]
-        async with _forwarded_signals(sandbox, process):
-            ended = await _follow(sandbox, process, settings, stdout=stdout, stderr=stderr)
-        await sandbox.power_off()
+        async with _forwarded_signals(sandbox, process) as stopped_by:
+            try:
+                ended = await _follow(sandbox, process, settings, streams)
+            except MachineFailed:
+                if not stopped_by:
+                    raise
+                ended = ProcessExit(code=128 + stopped_by[0], signal=stopped_by[0])
         return RunOutcome(
             ended,
             tuple(sandbox.timeline),
@@ -96,17 +110,12 @@ async def run_image(
         )
 
 
-def guest_config(container: ContainerSpec, file_system: str, hostname: str) -> GuestConfig:
+def guest_config(
+    container: ContainerSpec, file_system: str, hostname: str, *, wants_stdin: bool = False
+) -> GuestConfig:
     """The configuration of a machine with this one container."""
     hosts = f"127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost\n127.0.1.1\t{hostname}\n"
-    placed = ContainerSpec(
-        arguments=container.arguments,
-        environment=container.environment,
-        user=container.user,
-        working_directory=container.working_directory,
-        root_disk=ROOT_SERIAL,
-        root_fs=file_system,
-    )
+    placed = replace(container, root_disk=ROOT_SERIAL, root_fs=file_system, wants_stdin=wants_stdin)
     return GuestConfig(containers=(placed,), hostname=hostname, hosts=hosts.encode())
 
 
@@ -114,14 +123,15 @@ async def _follow(
     sandbox: Sandbox,
     process: GuestProcess,
     settings: RunSettings,
-    *,
-    stdout: int,
-    stderr: int,
+    streams: Streams,
 ) -> ProcessExit:
     copies = [
-        asyncio.create_task(_copy(process.stdout, stdout)),
-        asyncio.create_task(_copy(process.stderr, stderr)),
+        asyncio.create_task(_copy(process.stdout, streams.stdout)),
+        asyncio.create_task(_copy(process.stderr, streams.stderr)),
     ]
+    feeding = None
+    if streams.stdin is not None:
+        feeding = asyncio.create_task(_feed(process, streams.stdin))
     waiting = asyncio.create_task(_exit_of(sandbox, process, settings.seconds))
     try:
         # A copy ends early only by failing: then there is no use in waiting for the program.
@@ -136,9 +146,10 @@ async def _follow(
         await asyncio.gather(*copies)
         return ended
     finally:
-        for task in (waiting, *copies):
+        tasks = [waiting, *copies, *([feeding] if feeding else [])]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(waiting, *copies, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _exit_of(sandbox: Sandbox, process: GuestProcess, seconds: float | None) -> ProcessExit:
@@ -154,6 +165,30 @@ async def _copy(source: OutputStream, descriptor: int) -> None:
         await asyncio.to_thread(_write_all, descriptor, received)
 
 
+async def _feed(process: GuestProcess, descriptor: int) -> None:
+    """Copies the caller's stdin. Pipes and terminals are waited for; files are just read."""
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    waits = True
+    try:
+        loop.add_reader(descriptor, ready.set)
+    except (PermissionError, ValueError):
+        waits = False  # epoll takes no regular files, and those never block for long
+    try:
+        while True:
+            if waits:
+                await ready.wait()
+                ready.clear()
+            content = await asyncio.to_thread(os.read, descriptor, INPUT_WINDOW)
+            if not content:
+                break
+            await process.write_input(content)
+    finally:
+        if waits:
+            loop.remove_reader(descriptor)
+        process.end_input()
+
+
 def _write_all(descriptor: int, content: bytes) -> None:
     left = memoryview(content)
     while left:
@@ -161,27 +196,31 @@ def _write_all(descriptor: int, content: bytes) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _forwarded_signals(sandbox: Sandbox, process: GuestProcess) -> AsyncIterator[None]:
-    """SIGINT and SIGTERM go to the program; the same one again ends the machine."""
+async def _forwarded_signals(sandbox: Sandbox, process: GuestProcess) -> AsyncIterator[list[int]]:
+    """SIGINT and SIGTERM go to the program; again, or before there is one, they end the machine,
+    as SIGHUP does. Yields the list of signals that ended it.
+    """
     loop = asyncio.get_running_loop()
-    received: set[int] = set()
+    forwarded: set[int] = set()
+    stopped_by: list[int] = []
     stopping: set[asyncio.Task[None]] = set()
 
-    def forward(number: int) -> Callable[[], None]:
-        def handler() -> None:
-            if number in received or not sandbox.link.greeted.done():
-                stopping.add(asyncio.create_task(sandbox.machine.stop()))
-                return
-            received.add(number)
+    def handle(number: signal.Signals) -> None:
+        ready = any(mark.name == "exec" for mark in sandbox.link.marks)
+        if number == signal.SIGHUP or number in forwarded or not ready:
+            stopped_by.append(number)
+            stopping.add(asyncio.create_task(sandbox.machine.stop()))
+        else:
+            forwarded.add(number)
+            # A terminal's Ctrl-C reaches the whole foreground group.
             process.signal(number, group=number == signal.SIGINT)
 
-        return handler
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, forward(number))
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    for number in numbers:
+        loop.add_signal_handler(number, handle, number)
     try:
-        yield
+        yield stopped_by
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in numbers:
             loop.remove_signal_handler(number)
         await asyncio.gather(*stopping, return_exceptions=True)

@@ -21,7 +21,7 @@ from cube.configdisk import GuestConfig, encode_config
 from cube.errors import BootFailed, MachineFailed, Overdue
 from cube.frames import FrameType
 from cube.guest.assets import GuestFiles
-from cube.link import GuestLink, GuestProcess, Mark, ProcessExit
+from cube.link import GuestLink, GuestProcess, ProcessExit
 from cube.vm.seam import Disk, Driver, FileDisk, Machine, MachineSpec
 from imagecache.errors import NoSpace, Rejected
 
@@ -55,10 +55,6 @@ class Sandbox:
         """Names and seconds since QEMU was started, in order; a container's marks by name only."""
         marks = sorted(self.link.marks, key=lambda mark: mark.at)
         return [(mark.name, round(mark.at - self.started, 4)) for mark in marks]
-
-    def mark(self, name: str) -> None:
-        """Adds a point of the host's own to the timeline."""
-        self.link.marks.append(Mark(name, time.monotonic()))
 
     async def booted(self, *, seconds: float = BOOT_SECONDS) -> None:
         """Returns when the agent has said hello; raises BootFailed."""
@@ -168,6 +164,8 @@ async def boot(
         sandbox = Sandbox(machine, link, started)
         try:
             yield sandbox
+            if not all(disk.read_only for disk in spec.disks):
+                await sandbox.power_off()
         finally:
             await asyncio.shield(sandbox.close())
     finally:

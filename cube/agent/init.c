@@ -222,6 +222,7 @@ int main(void)
     }
     int children = watch_children();
     const char *error = guest_load_modules();
+    uint64_t loaded = monotonic_ns();
     if (error == NULL)
         error = guest_leave_initramfs();
     if (error)
@@ -229,6 +230,7 @@ int main(void)
     if (!channel_open(&channel, PORT_NAME, 5000))
         fail(children, "this machine has no virtio-serial port named " PORT_NAME);
     say_hello(started);
+    channel_event(&channel, 0, "modules-loaded", loaded);
 
     uint8_t header[CONFIG_HEADER], *body = NULL;
     size_t length = 0;

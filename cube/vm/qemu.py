@@ -185,8 +185,9 @@ def _channel_pair(directory: Path) -> tuple[socket.socket, socket.socket]:
     path = directory / CHANNEL_SOCKET
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     channel = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    handle = os.open(directory, os.O_PATH | os.O_DIRECTORY)
+    handle = -1
     try:
+        handle = os.open(directory, os.O_PATH | os.O_DIRECTORY)
         # By way of the directory's descriptor: a socket's path has 107 bytes at most.
         listener.bind(f"/proc/self/fd/{handle}/{path.name}")
         listener.listen(1)
@@ -197,5 +198,6 @@ def _channel_pair(directory: Path) -> tuple[socket.socket, socket.socket]:
         channel.close()
         raise BootFailed(f"the machine's channel {path} cannot be made: {error}") from error
     finally:
-        os.close(handle)
+        if handle >= 0:
+            os.close(handle)
     return listener, channel
