@@ -132,6 +132,8 @@ class SlotTable:
 
     def _reserve_in_place(self, blocks: int) -> Reservation | None:
         """Where blocks never come back from the file system: use slots that have some again."""
+        if blocks - max(self._occupied) > self.budget_blocks - self.used_blocks:
+            return None  # however much were evicted, no slot would be large enough
         while True:
             slot = max(self._dirty, key=self._occupied.__getitem__, default=-1)
             if slot >= 0:
