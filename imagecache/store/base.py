@@ -50,6 +50,10 @@ class OriginProtocol(Unavailable):
     """The store answered against its own protocol: short or long body, wrong range, bad listing."""
 
 
+class RangePastEnd(OriginProtocol):
+    """The range does not end inside the object: the object is short, or the location is wrong."""
+
+
 class Store(Protocol):
     """Control plane. Keys are `check_key`'s grammar, already realm-prefixed by the caller.
 
@@ -92,8 +96,7 @@ class RangeReader(Protocol):
     async def read(self, key: str, offset: int, length: int, *, priority: Priority) -> bytes:
         """Exactly `length` bytes from `offset`, or an error; never a short body.
 
-        Raises NotFound, Denied, Unavailable (its subclasses Throttled and OriginProtocol included),
-        OriginProtocol too when the range runs past the object's end.
+        Raises NotFound, Denied, Unavailable (Throttled, OriginProtocol, RangePastEnd included).
         """
         ...
 

@@ -23,7 +23,7 @@ from imagecache.errors import (
     Rejected,
     Unavailable,
 )
-from imagecache.store.base import ObjectStat, OriginProtocol, is_segment
+from imagecache.store.base import ObjectStat, OriginProtocol, RangePastEnd, is_segment
 
 TEMP_DIR = ".tmp"
 LIST_BATCH = 1000
@@ -63,7 +63,7 @@ def read_range(root: Path, key: str, offset: int, length: int) -> bytes:
     """Exactly `length` bytes, with the errors mapped."""
     with mapped_errors(root, key), _opened(root, key) as (fd, size):
         if offset + length > size:
-            raise OriginProtocol(f"range {offset}+{length} runs past {key}'s end at {size}")
+            raise RangePastEnd(f"range {offset}+{length} runs past {key}'s end at {size}")
         return _read_exactly(fd, key, offset, length)
 
 

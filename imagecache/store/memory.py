@@ -10,8 +10,8 @@ from pathlib import Path
 from imagecache.errors import LimitExceeded, NotFound
 from imagecache.store.base import (
     ObjectStat,
-    OriginProtocol,
     Priority,
+    RangePastEnd,
     check_key,
     check_prefix,
     check_range,
@@ -89,7 +89,7 @@ class MemoryReader:
         if body is None:
             raise NotFound(f"object {key} is not in the store")
         if offset + length > len(body):
-            raise OriginProtocol(f"range {offset}+{length} runs past {key}'s end at {len(body)}")
+            raise RangePastEnd(f"range {offset}+{length} runs past {key}'s end at {len(body)}")
         return body[offset : offset + length]
 
     def condemn(self, key: str) -> None:
