@@ -49,6 +49,7 @@ class RawClient:
         self.extended = self.structured = False
         self.size = self.flags = 0
         self.reads: dict[bytes, int] = {}
+        self.offsets: dict[bytes, int] = {}
         self._next = 0
 
     def __enter__(self) -> "RawClient":
@@ -162,6 +163,7 @@ class RawClient:
         """A request; remembers what a simple read reply needs to be read."""
         cookie = cookie or self.cookie()
         self.last = cookie
+        self.offsets[cookie] = offset
         if command == READ:
             self.reads[cookie] = length
         if self.extended:
@@ -184,6 +186,7 @@ class RawClient:
             if self.extended:
                 assert magic == 0x6E8A278C, hex(magic)
                 flags, kind, cookie, offset, length = struct.unpack(">HH8sQQ", self.recv(28))
+                assert offset == self.offsets.get(cookie, offset)
             else:
                 assert magic == 0x668E33EF and self.structured, hex(magic)
                 flags, kind, cookie, length = struct.unpack(">HH8sI", self.recv(16))

@@ -115,7 +115,7 @@ def test_libnbd_opt_mode(readable):
 
 
 def test_libnbd_errors(readable):
-    """What a client library refuses by itself is let through, and the server's errors are right."""
+    """What a client library refuses by itself is let through: the server's errors."""
     handle = nbd.NBD()
     handle.set_strict_mode(0)
     handle.connect_uri(readable.uri)
@@ -182,9 +182,10 @@ def test_nbdinfo(readable, image):
     """nbdinfo: facts, list, and a map that agrees with the file's holes."""
     facts = json.loads(run("nbdinfo", "--json", readable.uri))["exports"][0]
     assert facts["export-size"] == SIZE and facts["is_read_only"] and facts["can_multi_conn"]
-    assert json.loads(run("nbdinfo", "--list", "--json", readable.uri))["exports"][0][
-        "export-name"
-    ] == "disk"
+    assert (
+        json.loads(run("nbdinfo", "--list", "--json", readable.uri))["exports"][0]["export-name"]
+        == "disk"
+    )
     extents = json.loads(run("nbdinfo", "--map", "--json", readable.uri))
     assert [(entry["offset"], entry["length"], entry["type"]) for entry in extents] == [
         (0, 5 << 20, 0),
@@ -271,7 +272,7 @@ def test_fio_verify(writable, pattern):
 
 
 def test_truncated_file(tmp_path):
-    """A mapped file that was cut: EIO for what is gone, right bytes for the rest, same connection."""
+    """A mapped file that was cut: EIO for what is gone, right bytes for the rest."""
     path = tmp_path / "cut.img"
     path.write_bytes(random.Random(9).randbytes(8 << 20))
     whole = path.read_bytes()
@@ -300,7 +301,7 @@ def test_truncated_file(tmp_path):
 
 
 def test_file_that_grows_shorter_in_mid_reply(tmp_path):
-    """Where a reply has begun and its bytes cannot follow, the connection closes: never wrong bytes."""
+    """Where a reply has begun and its bytes cannot follow, the connection closes."""
     path = tmp_path / "cut.img"
     path.write_bytes(b"\xaa" * (24 << 20))
     with ServerThread(tmp_path / "s", FileDevice(path)) as running:

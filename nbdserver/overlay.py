@@ -1,0 +1,528 @@
+"""A writable copy-on-write device over any device: a sparse data file, and a journal as its map.
+
+An acknowledged write survives the death of the process (data, then map, have reached the kernel
+before the answer), a flushed one, or one with FUA, a power loss too. The overlay owns its directory
+(files `data` and `journal`, locked while open) and never writes to, or closes, its base.
+"""
+
+import asyncio
+import contextlib
+import errno
+import mmap
+import os
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+
+from nbdserver.allocation import fallocate_zero
+from nbdserver.blockmap import (
+    FROM_BASE,
+    OWN_DATA,
+    OWN_ZERO,
+    make_data,
+    open_data,
+    replay,
+    write_all,
+)
+from nbdserver.device import (
+    BASE_ALLOCATION,
+    STATE_HOLE,
+    STATE_ZERO,
+    BaseDevice,
+    BlockSizes,
+    Buffer,
+    Device,
+    DeviceError,
+    Extent,
+)
+from nbdserver.journal import BLOCK, RECORD_SIZE, Header, Journal, Kind, OverlayError
+
+__all__ = ["Change", "OverlayDevice", "OverlayError", "OverlayFacts", "list_overlays"]
+
+_ZEROS = memoryview(bytes(1 << 20))
+_QUICK_WRITE = 1 << 20
+_SLOW_SECONDS = 0.005
+_COMPACT_RECORDS = 1 << 16
+
+
+@dataclass(frozen=True)
+class OverlayFacts:
+    """An overlay without its base: sizes in bytes, of blocks their number."""
+
+    path: Path
+    size: int
+    base_size: int
+    identity: bytes
+    data_blocks: int
+    zero_blocks: int
+
+
+@dataclass(frozen=True)
+class Change:
+    """A changed range: `data` is its bytes, or None where it reads as zeros."""
+
+    offset: int
+    length: int
+    data: bytes | None
+
+
+class OverlayDevice(BaseDevice):
+    """A copy-on-write device. `create` once, `open` to use, `close` to unlock."""
+
+    read_only = False
+    can_flush = can_fua = can_trim = can_zero = can_fast_zero = can_cache = can_multi_conn = True
+
+    def __init__(self, path: Path, base: Device, journal: Journal, *, quota_bytes: int | None):
+        self.path = path
+        self.base = base
+        self._journal = journal
+        self.size, self._map = replay(journal.header, journal.records)
+        journal.records = []
+        self._quota = None if quota_bytes is None else quota_bytes // BLOCK
+        self._room = len(self._map.states) * BLOCK
+        self._fd = open_data(path, self._room)
+        self._mmap = mmap.mmap(self._fd, self._room, mmap.MAP_SHARED, mmap.PROT_READ)
+        self._view = memoryview(self._mmap)
+        self._base_size = journal.header.base_size
+        self._busy: list[tuple[int, int, asyncio.Future[None]]] = []
+        self._slow_until = 0.0
+        self._compact_at = _COMPACT_RECORDS
+        self._sync_lock = asyncio.Lock()
+        self.description = base.description
+        self.block_sizes = BlockSizes(maximum=base.block_sizes.maximum)
+        self.contexts = tuple(base.contexts)
+
+    @classmethod
+    def create(cls, path: Path, *, base: Device, identity: bytes, size: int | None = None) -> None:
+        """Make an empty overlay directory over `base`, which `identity` names for ever.
+
+        Raises OverlayError (smaller than its base), FileExistsError, OSError.
+        """
+        size = base.size if size is None else size
+        if size < base.size or size == 0:
+            raise OverlayError(f"an overlay of {size} bytes over a base of {base.size}")
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_data(path, -(-size // BLOCK) * BLOCK)
+        Journal.create(path / "journal", Header(size, base.size, identity))
+
+    @classmethod
+    def open(
+        cls, path: Path, *, base: Device, identity: bytes, quota_bytes: int | None = None
+    ) -> "OverlayDevice":
+        """Open and lock. Blocks; OverlayError: another base, in use, damaged."""
+        journal = Journal.open(path / "journal")
+        try:
+            if journal.header.identity != identity:
+                raise OverlayError(f"overlay {path} was made on another base")
+            if journal.header.base_size != base.size:
+                raise OverlayError(
+                    f"overlay {path} was made on a base of {journal.header.base_size} bytes, "
+                    f"this one has {base.size}"
+                )
+            return cls(path, base, journal, quota_bytes=quota_bytes)
+        except BaseException:
+            journal.close()
+            raise
+
+    @staticmethod
+    def grow(path: Path, size: int) -> None:
+        """Make an overlay that is not open larger; what is new reads as zeros. OverlayError."""
+        journal = Journal.open(path / "journal")
+        try:
+            now, _ = replay(journal.header, journal.records)
+            if size < now:
+                raise OverlayError(f"overlay {path} has {now} bytes and cannot shrink to {size}")
+            make_data(path, -(-size // BLOCK) * BLOCK)
+            journal.append(Kind.GROW, size, 0)
+            journal.append(Kind.MARK, journal.length, 0)
+            journal.sync()
+        finally:
+            journal.close()
+
+    @staticmethod
+    def inspect(path: Path) -> OverlayFacts:
+        """What an overlay that is not open holds. OverlayError."""
+        journal = Journal.open(path / "journal")
+        try:
+            size, found = replay(journal.header, journal.records)
+            header = journal.header
+        finally:
+            journal.close()
+        zeros = found.states.count(OWN_ZERO)
+        return OverlayFacts(path, size, header.base_size, header.identity, found.data_blocks, zeros)
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of blocks held here."""
+        return self._map.data_blocks * BLOCK
+
+    # --- reading ---
+
+    def try_read(self, offset: int, length: int) -> Sequence[Buffer] | None:
+        """Slices of the data file's map, of zeros, and of what the base has at hand."""
+        first = offset // BLOCK
+        last = (offset + length - 1) // BLOCK
+        states = self._map.states
+        state = states[first]
+        if first == last or states.count(state, first, last + 1) == last + 1 - first:
+            if state == OWN_DATA:
+                return (self._view[offset : offset + length],)
+            if state == FROM_BASE and offset + length <= self._base_size:
+                return self.base.try_read(offset, length)
+        buffers: list[Buffer] = []
+        for state, start, end in self._pieces(offset, length):
+            if state == OWN_DATA:
+                buffers.append(self._view[start:end])
+            elif state == OWN_ZERO:
+                buffers += _zeros(end - start)
+            else:
+                found = self.base.try_read(start, end - start)
+                if found is None:
+                    return None
+                buffers += found
+        return buffers
+
+    def _pieces(self, offset: int, length: int) -> Iterator[tuple[int, int, int]]:
+        """(state, start, end) in bytes, in order; beyond the base's end its blocks are zeros."""
+        first = offset // BLOCK
+        count = (offset + length - 1) // BLOCK + 1 - first
+        end = offset + length
+        for state, start_block, blocks in self._map.runs(first, count):
+            start = max(start_block * BLOCK, offset)
+            stop = min((start_block + blocks) * BLOCK, end)
+            if state == FROM_BASE and stop > self._base_size:
+                if start < self._base_size:
+                    yield FROM_BASE, start, self._base_size
+                yield OWN_ZERO, max(start, self._base_size), stop
+            else:
+                yield state, start, stop
+
+    async def read(self, offset: int, length: int) -> Sequence[Buffer]:
+        """Have the base fetch what it must, then answer from the maps, or with a copy."""
+        pieces = list(self._pieces(offset, length))
+        if len(pieces) == 1 and pieces[0][0] == FROM_BASE:
+            return await self.base.read(offset, length)
+        for state, start, end in pieces:
+            if state == FROM_BASE:
+                await self.base.read(start, end - start)
+        buffers = self.try_read(offset, length)
+        if buffers is not None:
+            return buffers
+        return (await self.read_copied(offset, length),)
+
+    async def read_copied(self, offset: int, length: int) -> bytes:
+        """A private copy."""
+        parts = []
+        for state, start, end in list(self._pieces(offset, length)):
+            if state == OWN_DATA:
+                parts.append(await asyncio.to_thread(self._pread, start, end - start))
+            elif state == OWN_ZERO:
+                parts.append(bytes(end - start))
+            else:
+                parts.append(await self.base.read_copied(start, end - start))
+        return b"".join(parts)
+
+    def _pread(self, offset: int, length: int) -> bytes:
+        try:
+            data = os.pread(self._fd, length, offset)
+        except OSError as failure:
+            raise DeviceError(failure.errno or errno.EIO) from failure
+        if len(data) != length:
+            raise DeviceError(errno.EIO, "the overlay's data file is cut short")
+        return data
+
+    def pin(self, offset: int, length: int) -> Callable[[], None]:
+        """Pin what came from the base; the overlay's own pages stay."""
+        releases = [
+            self.base.pin(start, end - start)
+            for state, start, end in self._pieces(offset, length)
+            if state == FROM_BASE
+        ]
+
+        def release() -> None:
+            for each in releases:
+                each()
+
+        return release
+
+    # --- writing ---
+
+    def try_write(self, offset: int, payload: Buffer) -> bool:
+        """Write through the page cache, unless the base must be read or the disk is slow now."""
+        length = len(payload)
+        if self._busy or length > _QUICK_WRITE or monotonic() < self._slow_until:
+            return False
+        first, last = offset // BLOCK, (offset + length - 1) // BLOCK
+        states = self._map.states
+        if offset % BLOCK and states[first] != OWN_DATA:
+            return False
+        if (offset + length) % BLOCK and states[last] != OWN_DATA:
+            return False
+        began = monotonic()
+        self._write_now(offset, payload)
+        if monotonic() - began > _SLOW_SECONDS:
+            # The kernel makes writers wait for the disk: for a while they wait in threads.
+            self._slow_until = monotonic() + 1.0
+        return True
+
+    def _write_now(self, offset: int, payload: Buffer) -> None:
+        """Data, then map. Blocks that are not data yet must be covered whole."""
+        first = offset // BLOCK
+        count = (offset + len(payload) - 1) // BLOCK + 1 - first
+        fresh = not self._map.all_are(first, count, OWN_DATA)
+        if fresh:
+            self._check_quota(first, count)
+        try:
+            write_all(self._fd, offset, payload)
+            if fresh:
+                self._journal.append(Kind.DATA, first, count)
+        except OSError as failure:
+            raise DeviceError(failure.errno or errno.EIO) from failure
+        if fresh:
+            self._map.set(first, count, OWN_DATA)
+
+    def _check_quota(self, first: int, count: int) -> None:
+        if self._quota is None:
+            return
+        more = count - self._map.states.count(OWN_DATA, first, first + count)
+        if self._map.data_blocks + more > self._quota:
+            raise DeviceError(errno.ENOSPC, "the overlay's quota is used up")
+
+    async def write(self, offset: int, payload: Buffer, *, fua: bool) -> None:
+        """Write; blocks of which only a part is written are completed from the base first."""
+        first, last = offset // BLOCK, (offset + len(payload) - 1) // BLOCK
+        async with self._claim(first, last):
+            start, body = await self._completed(offset, payload)
+            if len(body) > _QUICK_WRITE or monotonic() < self._slow_until:
+                await self._write_in_thread(start, body)
+            else:
+                self._write_now(start, body)
+        if fua:
+            await self.flush()
+
+    async def _write_in_thread(self, offset: int, body: Buffer) -> None:
+        first = offset // BLOCK
+        count = (offset + len(body) - 1) // BLOCK + 1 - first
+        self._check_quota(first, count)
+        try:
+            await asyncio.to_thread(write_all, self._fd, offset, body)
+            # The claim keeps others away from these blocks; the map is the loop's alone.
+            if not self._map.all_are(first, count, OWN_DATA):
+                self._check_quota(first, count)
+                self._journal.append(Kind.DATA, first, count)
+                self._map.set(first, count, OWN_DATA)
+        except OSError as failure:
+            raise DeviceError(failure.errno or errno.EIO) from failure
+
+    async def _completed(self, offset: int, payload: Buffer) -> tuple[int, Buffer]:
+        """The payload, with the rest of a first and last block that are not data yet."""
+        end = offset + len(payload)
+        states = self._map.states
+        head = tail = b""
+        if offset % BLOCK and states[offset // BLOCK] != OWN_DATA:
+            start = offset // BLOCK * BLOCK
+            head = await self._block_part(start, offset)
+        if end % BLOCK and states[end // BLOCK] != OWN_DATA:
+            tail = await self._block_part(end, -(-end // BLOCK) * BLOCK)
+        if not (head or tail):
+            return offset, payload
+        return offset - len(head), b"".join((head, payload, tail))
+
+    async def _block_part(self, start: int, end: int) -> bytes:
+        inside = min(end, self.size)
+        if start >= inside:
+            return bytes(end - start)
+        if self._map.states[start // BLOCK] == FROM_BASE and start < self._base_size:
+            await self.base.read(start, min(inside, self._base_size) - start)
+        return (await self.read_copied(start, inside - start)).ljust(end - start, b"\0")
+
+    @contextlib.asynccontextmanager
+    async def _claim(self, first: int, last: int) -> AsyncIterator[None]:
+        """Have blocks for oneself: nobody else writes them meanwhile."""
+        while True:
+            in_the_way = [busy for busy in self._busy if busy[0] <= last and first <= busy[1]]
+            if not in_the_way:
+                break
+            await asyncio.shield(in_the_way[0][2])
+        mine = (first, last, asyncio.get_running_loop().create_future())
+        self._busy.append(mine)
+        try:
+            yield
+        finally:
+            self._busy.remove(mine)
+            mine[2].set_result(None)
+
+    # --- zeros ---
+
+    async def trim(self, offset: int, length: int, *, fua: bool) -> None:
+        """Whole blocks read as zeros afterwards; parts of blocks stay as they are."""
+        first, end = -(-offset // BLOCK), (offset + length) // BLOCK
+        if offset + length == self.size:
+            end = len(self._map.states)
+        if first < end:
+            async with self._claim(first, end - 1):
+                await self._zero_blocks(first, end - first)
+        if fua:
+            await self.flush()
+
+    async def write_zeroes(
+        self, offset: int, length: int, *, fua: bool, no_hole: bool, fast: bool
+    ) -> None:
+        """Whole blocks cost a record, or (`no_hole`) allocated space; parts of blocks a write."""
+        end = offset + length
+        first = -(-offset // BLOCK)
+        last = len(self._map.states) if end == self.size else end // BLOCK
+        head = min(first * BLOCK, end) - offset
+        tail = max(end - last * BLOCK, 0) if last >= first else 0
+        if fast and (head or tail):
+            raise DeviceError(errno.EOPNOTSUPP, "parts of blocks are not zeroed faster")
+        if head:
+            await self.write(offset, bytes(head), fua=False)
+        if tail:
+            await self.write(end - tail, bytes(tail), fua=False)
+        if first < last:
+            async with self._claim(first, last - 1):
+                if no_hole:
+                    await self._allocate_zeros(first, last - first)
+                else:
+                    await self._zero_blocks(first, last - first)
+        if fua:
+            await self.flush()
+
+    async def _zero_blocks(self, first: int, count: int) -> None:
+        if self._map.all_are(first, count, OWN_ZERO):
+            return
+        holes = [run for run in self._map.runs(first, count) if run[0] == OWN_DATA]
+        try:
+            self._journal.append(Kind.ZERO, first, count)
+            self._map.set(first, count, OWN_ZERO)
+            # Only after the record: a block that is "data" must never lose its data.
+            for _state, start, blocks in holes:
+                await asyncio.to_thread(
+                    fallocate_zero, self._fd, start * BLOCK, blocks * BLOCK, punch=True
+                )
+        except OSError as failure:
+            if failure.errno != errno.EOPNOTSUPP:
+                raise DeviceError(failure.errno or errno.EIO) from failure
+
+    async def _allocate_zeros(self, first: int, count: int) -> None:
+        self._check_quota(first, count)
+        try:
+            await asyncio.to_thread(
+                fallocate_zero, self._fd, first * BLOCK, count * BLOCK, punch=False
+            )
+            if not self._map.all_are(first, count, OWN_DATA):
+                self._journal.append(Kind.DATA, first, count)
+                self._map.set(first, count, OWN_DATA)
+        except OSError as failure:
+            raise DeviceError(failure.errno or errno.EIO) from failure
+
+    # --- durability ---
+
+    async def flush(self) -> None:
+        """Sync data, then the records that it covers."""
+        async with self._sync_lock:
+            covered = self._journal.length
+            try:
+                await asyncio.to_thread(os.fdatasync, self._fd)
+                # Appending is the loop's alone; only the waiting is done in a thread.
+                self._journal.append(Kind.MARK, covered, 0)
+                await asyncio.to_thread(self._journal.sync)
+                if self._journal.length > self._compact_at * RECORD_SIZE:
+                    await self._compact()
+            except OSError as failure:
+                raise DeviceError(failure.errno or errno.EIO) from failure
+
+    async def _compact(self) -> None:
+        """Write the map anew, in as few records as it has runs; writers wait meanwhile."""
+        blocks = len(self._map.states)
+        async with self._claim(0, blocks - 1):
+            records = [
+                (int(Kind.DATA if state == OWN_DATA else Kind.ZERO), start, count)
+                for state, start, count in self._map.runs(0, blocks)
+                if state != FROM_BASE
+            ]
+            if self.size != self._journal.header.size:
+                records.insert(0, (int(Kind.GROW), self.size, 0))
+            await asyncio.to_thread(os.fdatasync, self._fd)
+            await asyncio.to_thread(self._journal.rewrite, records)
+            self._journal.mark_boot()
+            self._compact_at = max(_COMPACT_RECORDS, 4 * len(records))
+
+    async def cache(self, offset: int, length: int) -> None:
+        """The base's business."""
+        for state, start, end in list(self._pieces(offset, length)):
+            if state == FROM_BASE:
+                await self.base.cache(start, end - start)
+
+    # --- telling ---
+
+    async def extents(
+        self, context: str, offset: int, length: int, *, one: bool
+    ) -> Sequence[Extent]:
+        """Own data is allocated, own zeros are holes, the rest is as the base says."""
+        extents: list[Extent] = []
+        for state, start, end in list(self._pieces(offset, length)):
+            if state == FROM_BASE:
+                left = end - start
+                for extent in await self.base.extents(context, start, left, one=one):
+                    # The base may tell of more than was asked: there our own map counts.
+                    extents.append(Extent(min(extent.length, left), extent.flags))
+                    left -= extents[-1].length
+                    if left == 0:
+                        break
+                if left:
+                    break  # The base told of less: what follows would be misplaced.
+            elif context == BASE_ALLOCATION:
+                flags = STATE_HOLE | STATE_ZERO if state == OWN_ZERO else 0
+                extents.append(Extent(end - start, flags))
+            else:
+                extents.append(Extent(end - start, 0))
+            if one and extents:
+                break
+        return extents
+
+    def observe(self, batch: Sequence[tuple[int, int, bool]]) -> None:
+        """Reads that the base answered, at least in part."""
+        states = self._map.states
+        seen = [
+            item
+            for item in batch
+            if states.find(FROM_BASE, item[0] // BLOCK, (item[0] + item[1] - 1) // BLOCK + 1) >= 0
+        ]
+        if seen:
+            self.base.observe(seen)
+
+    async def changes(self, *, step: int = 1 << 20) -> AsyncIterator[Change]:
+        """All that differs from the base, in order of offset; data in pieces of `step` bytes."""
+        for state, first, count in list(self._map.runs(0, len(self._map.states))):
+            start, end = first * BLOCK, min((first + count) * BLOCK, self.size)
+            if state == OWN_ZERO:
+                yield Change(start, end - start, None)
+            elif state == OWN_DATA:
+                for at in range(start, end, step):
+                    size = min(step, end - at)
+                    yield Change(at, size, await asyncio.to_thread(self._pread, at, size))
+
+    async def close(self) -> None:
+        """Let go of the files; what was written stays. The base is not closed."""
+        if self._fd < 0:
+            return
+        async with self._sync_lock:
+            with contextlib.suppress(BufferError):
+                self._view.release()
+                self._mmap.close()
+            self._journal.close()
+            os.close(self._fd)
+            self._fd = -1
+
+
+def list_overlays(parent: Path) -> list[Path]:
+    """Directories below `parent` that hold an overlay, sorted. Blocks."""
+    return sorted(path.parent for path in parent.glob("*/journal"))
+
+
+def _zeros(length: int) -> list[Buffer]:
+    whole, rest = divmod(length, len(_ZEROS))
+    return [*([_ZEROS] * whole), *([_ZEROS[:rest]] if rest else [])]
