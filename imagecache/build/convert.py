@@ -20,7 +20,7 @@ from imagecache.blockimage.layerindex import LayerIndex
 from imagecache.blockimage.locations import Location, LocationTable
 from imagecache.build.chunksink import ChunkSink, FinishedPack
 from imagecache.chunks import BLOCK
-from imagecache.chunks.cut import FORMAT_CUT_RULE, blocks_of, squeeze
+from imagecache.chunks.cut import FORMAT_CUT_RULE, CutRule, blocks_of, squeeze
 from imagecache.errors import Rejected
 from imagecache.flatten.builder import FileTableBuilder
 from imagecache.flatten.decompress import open_layer
@@ -56,13 +56,16 @@ class LayerConverter:
         *,
         limits: Limits,
         level: int,
+        rule: CutRule = FORMAT_CUT_RULE,
     ) -> None:
+        """Any other rule than the format's is for measuring: what it makes is no block image."""
+        self._rule = rule
         self._limits = limits
         self._progress = progress
         self._sink = ChunkSink(directory, known, announce, level=level)
         self._builder = FileTableBuilder(limits)
         self._spool_path = directory / "small"
-        self._spool_at = array("q")  # by content id; -1 for a large file
+        self._spool_at = array("q")  # by content id; -1 where nothing waits in the spool
         self._large: dict[int, list[tuple[int, Runs]]] = {}  # content id -> (ticket, runs)
 
     def convert(self, blob: BinaryIO, diff_id: str) -> ConvertedLayer:
@@ -95,14 +98,18 @@ class LayerConverter:
         if not self._builder.add(member.header, content):
             return
         size = member.header.size
-        if FORMAT_CUT_RULE.is_large(size):
-            self._spool_at.append(-1)
-            self._large[content] = [
-                self._chunk(window) if window else (-1, ((True, blocks),))
-                for blocks, window in _windows(member.pieces(), size)
-            ]
+        rule = self._rule
+        self._spool_at.append(-1)
+        if rule.is_large(size):
+            laid = self._large[content] = []
+            for blocks, window in _windows(member.pieces(), size, rule.window_blocks):
+                if window and blocks < rule.window_blocks and rule.groups_tails:
+                    self._spool_at[content] = spool.tell()
+                    spool.write(window)
+                else:
+                    laid.append(self._chunk(window) if window else (-1, ((True, blocks),)))
             return
-        self._spool_at.append(spool.tell())
+        self._spool_at[content] = spool.tell()
         at = 0
         for offset, piece in member.pieces():
             if offset > at:
@@ -121,25 +128,30 @@ class LayerConverter:
         laid: list[tuple[int, Runs]] = []
         group: list[bytes] = []
         group_blocks = 0
-        rule = FORMAT_CUT_RULE
+        rule = self._rule
         layout = region_layout(table)
-        for inode, blocks in zip(layout.inodes, layout.blocks, strict=True):
+        for inode, file_blocks in zip(layout.inodes, layout.blocks, strict=True):
             content = table.contents[inode]
             at = self._spool_at[content]
-            if group and (at < 0 or group_blocks + blocks > rule.target_blocks):
+            large = self._large.pop(content, None)
+            blocks, size = file_blocks, table.size[inode]
+            if large is not None and at >= 0:  # what waits is the padded rest of a large file
+                blocks %= rule.window_blocks
+                size = blocks * BLOCK
+            if group and (large is not None or group_blocks + blocks > rule.group_blocks):
                 laid.append(self._chunk(b"".join(group)))
                 group, group_blocks = [], 0
-            if at < 0:
-                laid.extend(self._large.pop(content))
-                continue
-            size = table.size[inode]
+            if large is not None:
+                laid.extend(large)
+                if at < 0:
+                    continue
             spool.seek(at)
-            group.append(spool.read(size))
+            body = spool.read(size)
+            group.append(body)
             if size % BLOCK:
                 group.append(bytes(BLOCK - size % BLOCK))
             group_blocks += blocks
-            base_name = table.first_path(inode).rpartition(b"/")[2]
-            if rule.ends_group(group_blocks, blocks, base_name):
+            if rule.ends_group(group_blocks, blocks, table.first_path(inode), body):
                 laid.append(self._chunk(b"".join(group)))
                 group, group_blocks = [], 0
         if group:
@@ -169,9 +181,11 @@ class LayerConverter:
         )
 
 
-def _windows(pieces: Iterator[tuple[int, bytes]], size: int) -> Iterator[tuple[int, bytes]]:
+def _windows(
+    pieces: Iterator[tuple[int, bytes]], size: int, window_blocks: int
+) -> Iterator[tuple[int, bytes]]:
     """A large file as (blocks, padded content) at fixed offsets; content is empty in a hole."""
-    window_bytes = FORMAT_CUT_RULE.target_blocks * BLOCK
+    window_bytes = window_blocks * BLOCK
     held = bytearray()
     start = 0  # the held window's offset in the file
     for piece_offset, piece in pieces:
@@ -179,7 +193,7 @@ def _windows(pieces: Iterator[tuple[int, bytes]], size: int) -> Iterator[tuple[i
         while view:
             if not held and offset >= start + window_bytes:
                 skipped = (offset - start) // window_bytes
-                yield skipped * FORMAT_CUT_RULE.target_blocks, b""
+                yield skipped * window_blocks, b""
                 start += skipped * window_bytes
             if offset >= start + window_bytes:
                 yield _padded(held, window_bytes)
@@ -193,7 +207,7 @@ def _windows(pieces: Iterator[tuple[int, bytes]], size: int) -> Iterator[tuple[i
             view = view[taken:]
             offset += taken
             if len(held) == window_bytes:
-                yield FORMAT_CUT_RULE.target_blocks, bytes(held)
+                yield window_blocks, bytes(held)
                 held, start = bytearray(), start + window_bytes
     if held:
         length = min(window_bytes, size - start)

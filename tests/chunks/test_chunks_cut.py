@@ -56,9 +56,9 @@ def test_damaged_frames_are_corrupt_and_never_longer_than_asked() -> None:
 
 def test_groups_end_at_base_names_not_at_content() -> None:
     rule = FORMAT_CUT_RULE
-    assert not rule.ends_group(rule.least_group_blocks - 1, 40, b"any")
+    assert not rule.ends_group(rule.least_group_blocks - 1, 40, b"a/any", b"")
     names = [f"file{n}.py".encode() for n in range(4000)]
-    ends = sum(rule.ends_group(rule.least_group_blocks, 2, name) for name in names)
+    ends = sum(rule.ends_group(rule.least_group_blocks, 2, b"a/" + name, b"") for name in names)
     assert 100 < ends < 240  # 2 of 48 blocks: about 167 of 4000
     assert rule.is_large(MAX_CHUNK_BYTES + 1)
     assert not rule.is_large(MAX_CHUNK_BYTES)
