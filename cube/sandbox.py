@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
+import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 from cube import configdisk
 from cube.configdisk import GuestConfig, encode_config
@@ -27,6 +30,7 @@ from imagecache.errors import NoSpace, Rejected
 
 BOOT_SECONDS: Final = 180.0  # emulated machines on a busy host are slow
 _POWER_OFF_SECONDS: Final = 10.0
+_PREFIX: Final = "cubecache-vm-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +138,7 @@ async def boot(
 
     Raises BootFailed, LimitExceeded, UsageError, Unsupported, NoSpace.
     """
-    directory = await asyncio.to_thread(_make_directory)
+    directory, lock = await asyncio.to_thread(_make_directory)
     try:
         config = GuestConfig(
             containers=spec.config.containers,
@@ -170,13 +174,33 @@ async def boot(
             await asyncio.shield(sandbox.close())
     finally:
         await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
+        lock.close()
 
 
-def _make_directory() -> Path:
+def _make_directory() -> tuple[Path, BinaryIO]:
+    """A private directory and the lock that says its owner lives."""
     try:
-        return Path(tempfile.mkdtemp(prefix="cubecache-vm-"))
+        _sweep(Path(tempfile.gettempdir()))
+        directory = Path(tempfile.mkdtemp(prefix=_PREFIX))
+        lock = (directory / "lock.new").open("wb")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Named only now: a sweeper never sees a lock that is not held.
+        (directory / "lock.new").rename(directory / "lock")
     except OSError as error:
         raise NoSpace(f"no directory for the machine: {error}") from error
+    return directory, lock
+
+
+def _sweep(parent: Path) -> None:
+    """Removes directories of machines whose owner was killed: nobody holds their locks."""
+    for directory in parent.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            status = directory.lstat()
+            if status.st_uid != os.geteuid() or not stat.S_ISDIR(status.st_mode):
+                continue
+            with (directory / "lock").open("rb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(directory, ignore_errors=True)
 
 
 def _write_private(path: Path, content: bytes) -> None:

@@ -122,7 +122,9 @@ async def test_missing_guest_file_is_not_found(root_export, guest_cache, tmp_pat
         await run_image(root_export, Overrides(), settings, Streams())
 
 
-async def test_killed_owner_takes_its_machine_along(root_export, guest_cache, tmp_path):
+async def test_killed_owner_takes_its_machine_along(
+    root_export, guest_cache, tmp_path, monkeypatch
+):
     script = tmp_path / "owner.py"
     script.write_text(
         "import asyncio\n"
@@ -133,7 +135,11 @@ async def test_killed_owner_takes_its_machine_along(root_export, guest_cache, tm
         "asyncio.run(run_image(root, Overrides(command=('sh', '-c', 'echo up; sleep 1000')),\n"
         f"    RunSettings(cache=Path({str(guest_cache)!r})), Streams()))\n"
     )
-    owner = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE)
+    owner = subprocess.Popen(
+        [sys.executable, str(script)],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )
     assert owner.stdout is not None
     assert owner.stdout.readline() == b"up\n"
     machines = children(owner.pid)
@@ -146,6 +152,11 @@ async def test_killed_owner_takes_its_machine_along(root_export, guest_cache, tm
             break
         await asyncio.sleep(0.05)
     assert not [pid for pid in machines if Path(f"/proc/{pid}").exists()]
+    # Its directory stays behind, until the next machine sweeps up.
+    assert list(tmp_path.glob("cubecache-vm-*"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    async with booted(root_export, guest_cache, guest_config(SLEEPER, "erofs", "t")):
+        assert len(list(tmp_path.glob("cubecache-vm-*"))) == 1
 
 
 async def test_interrupt_reaches_the_program_and_its_status_counts(
@@ -200,5 +211,5 @@ async def test_directory_that_is_gone(root_export, guest_cache, tmp_path):
     files = await asyncio.to_thread(ensure_guest, guest_cache)
     driver = QemuDriver(await choose_platform(guest_cache, files))
     gone = tmp_path / "gone"
-    with pytest.raises(BootFailed, match="channel .* cannot be made"):
+    with pytest.raises(BootFailed, match=r"channel .* cannot be made"):
         await driver.start(MachineSpec("t", files.kernel, files.initrd, (), gone))
