@@ -25,6 +25,7 @@ from imagecache.store.s3 import S3Store
 from imagecache.store.s3_client import BucketClient, S3Location
 from imagecache.store.s3_urls import PresignedUrls
 from imagecache.store.settings import StoreSettings
+from imagecache.store.stream import FirstStream, PiecewiseStream, StreamReader
 from imagecache.store.tier import TieredReader, TierUrls
 from imagecache.store.wrappers import LimitedReader, MeteredReader
 
@@ -42,6 +43,7 @@ class OpenedStore:
     store: Store
     reader: RangeReader
     counters: ReadCounters
+    streamer: StreamReader
 
     async def close(self) -> None:
         """End its connections and threads."""
@@ -74,9 +76,8 @@ def open_store(url: str, settings: StoreSettings | None = None) -> OpenedStore:
     if parts.scheme == "memory" and not (parts.netloc or parts.path or parts.query):
         memory = MemoryStore()
         counters = ReadCounters()
-        return OpenedStore(
-            url, memory, MeteredReader(MemoryReader(memory), counters.origin), counters
-        )
+        metered = MeteredReader(MemoryReader(memory), counters.origin)
+        return OpenedStore(url, memory, metered, counters, PiecewiseStream(metered))
     if parts.scheme == "s3" and parts.netloc:
         return _open_s3(url, settings)
     raise UsageError(f"store URL {url!r} has no known form", remedy=_FORMS)
@@ -91,7 +92,7 @@ def _open_local(url: str, path: str) -> OpenedStore:
     reader = MeteredReader(reader, counters.origin)
     # No retries: a disk that failed once answers no better at once. Limits order the classes.
     reader = LimitedReader(reader, _LOCAL_PLACES, counters.origin)
-    return OpenedStore(url, LocalStore(root), reader, counters)
+    return OpenedStore(url, LocalStore(root), reader, counters, PiecewiseStream(reader))
 
 
 def _open_s3(url: str, settings: StoreSettings) -> OpenedStore:
@@ -102,20 +103,23 @@ def _open_s3(url: str, settings: StoreSettings) -> OpenedStore:
     counters = ReadCounters()
     urls = PresignedUrls(client)
     proxy = settings.proxies.get(urlsplit(location.endpoint or "https://").scheme)
-    origin = _wrapped(
-        HttpRangeReader(urls, settings.http, name=str(location), tls=tls, proxy=proxy),
-        counters.origin,
-        settings,
+    client_of_origin = HttpRangeReader(
+        urls, settings.http, name=str(location), tls=tls, proxy=proxy
     )
+    streams: list[tuple[StreamReader, ClassCounters]] = [
+        (client_of_origin, counters.origin[Priority.PREFETCH])
+    ]
+    origin = _wrapped(client_of_origin, counters.origin, settings)
     reader: RangeReader = origin
     if tier_url:
         base = _http_url(tier_url)
         http = HttpRangeReader(TierUrls(base, urls), settings.http, name=f"tier {base}", tls=tls)
+        streams.insert(0, (http, counters.tier[Priority.PREFETCH]))
         tier: RangeReader = MeteredReader(http, counters.tier)
         tier = LimitedReader(tier, settings.places, counters.tier)
         reader = TieredReader(tier, origin, counters, patience_s=settings.tier_patience_s)
     store = RetryStore(S3Store(client, settings.retry), settings.retry)
-    return OpenedStore(url, store, reader, counters)
+    return OpenedStore(url, store, reader, counters, FirstStream(streams))
 
 
 def _wrapped(

@@ -12,6 +12,8 @@ import asyncio
 import re
 import ssl
 import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -133,6 +135,37 @@ class HttpRangeReader:
         return self._session
 
     async def _attempt(self, url: URL, key: str, offset: int, length: int) -> bytes | Refusal:
+        async with self._asked(url, key, offset, length) as answer:
+            if isinstance(answer, Refusal):
+                return answer
+            response, more = answer
+            return await _read_body(response, key, length, more=more)
+
+    async def stream(self, key: str, offset: int, length: int) -> AsyncGenerator[bytes, None]:
+        """Pieces of the range as they arrive, by one attempt: `imagecache.store.stream`."""
+        check_key(key)
+        check_range(key, offset, length)
+        url = self._urls.known(key) or await self._urls.find(key)
+        async with self._asked(url, key, offset, length) as answer:
+            if isinstance(answer, Refusal):
+                await self._urls.refused(key, answer)
+                raise Denied(f"{self._name} refused to stream {key} ({answer.status})")
+            response, more = answer
+            while length:
+                piece = await response.content.readany()
+                if not piece:
+                    raise OriginProtocol(f"{key} came {length} bytes short")
+                piece = piece[:length]
+                length -= len(piece)
+                yield piece
+            if more:
+                response.close()
+
+    @asynccontextmanager
+    async def _asked(
+        self, url: URL, key: str, offset: int, length: int
+    ) -> AsyncIterator[tuple[aiohttp.ClientResponse, bool] | Refusal]:
+        """A checked response at the range's first byte, and whether more than the range follows."""
         session = self._open()
         limits = self._limits
         timeout = aiohttp.ClientTimeout(
@@ -151,12 +184,13 @@ class HttpRangeReader:
                 # Some servers (rclone) send a right part and its Content-Range under a 200.
                 if response.status == 206 or _says_part(response):
                     _check_part(response, key, offset, length)
-                    return await _read_body(response, key, length, more=False)
-                if response.status == 200:
+                    yield response, False
+                elif response.status == 200:
                     _check_whole(response, key, offset, length)
                     await _skip(response, key, offset)
-                    return await _read_body(response, key, length, more=True)
-                return await self._refusal(response, key)
+                    yield response, True
+                else:
+                    yield await self._refusal(response, key)
         except CubecacheError:
             raise
         except TimeoutError as error:
