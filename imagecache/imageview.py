@@ -127,3 +127,9 @@ class ImageView:
             return None
         path = self.tables[layer].first_path(layout.inodes[ordinal])
         return path, offset - (layers[layer].start_block + layout.start_blocks[ordinal]) * BLOCK
+
+    def file_blocks(self, layer: int, region_block: int) -> int:
+        """The blocks of the file that a block of a layer's region belongs to; 0 for none."""
+        layout = self._layouts[layer]
+        ordinal = layout.find(region_block)
+        return 0 if ordinal is None else layout.blocks[ordinal]
