@@ -261,6 +261,7 @@ class BlockImageDevice(ReadOnlyDevice):
         settings = self._fetcher.settings
         pause = settings.retry_first_seconds
         foreign = True
+        last: CubecacheError | None = None
         while True:
             wanted = self._fetcher.request(self._image, missing, Priority.DEMAND)
             await self._fetcher.wait((flight for flight, _ in wanted), parts.until)
@@ -272,10 +273,12 @@ class BlockImageDevice(ReadOnlyDevice):
                     parts.held[ordinal] = flight.plaintext
                     continue
                 failed.append(ordinal)
-                errors.append((flight, flight.error or _stalled(flight, settings.stall_seconds)))
+                errors.append(
+                    (flight, flight.error or _stalled(flight, settings.stall_seconds, last))
+                )
             if not failed:
                 return
-            missing = failed
+            missing, last = failed, errors[0][1]
             final = [e for e in errors if not isinstance(e[1], Unavailable)]
             if final:
                 # Another image's location of the chunk may be gone or bad while ours is right.
@@ -399,8 +402,9 @@ def zeros(length: int) -> list[Buffer]:
     return found
 
 
-def _stalled(flight: Flight, seconds: float) -> Unavailable:
-    return Unavailable(f"chunk {flight.digest.hex()} did not arrive within {seconds:g} seconds")
+def _stalled(flight: Flight, seconds: float, last: CubecacheError | None) -> Unavailable:
+    text = f"chunk {flight.digest.hex()} did not arrive within {seconds:g} seconds"
+    return Unavailable(f"{text}; before that: {last.message}" if last else text)
 
 
 def _nothing() -> None:

@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 _PLANNED_AT_ONCE = 256
 _DECODED_AT_ONCE = 4
+_FIRST_DEMAND_SECONDS = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,7 @@ class FetchCounters:
     corrupt_bodies: int = 0  # chunks that the store sent wrong: alert
     repaired: int = 0  # of these, right when asked for again
     dropped_ahead: int = 0
+    overtakes: int = 0  # demand that did not wait for a stream to bring its chunk
 
 
 class Fetcher:
@@ -90,6 +92,7 @@ class Fetcher:
         self._cpu = ThreadPoolExecutor(self.settings.decoders, thread_name_prefix="decode")
         self._pumping = False
         self._closed = False
+        self.demand_seconds = _FIRST_DEMAND_SECONDS  # what a demand GET takes, as of late
 
     # --- asking
 
@@ -140,6 +143,11 @@ class Fetcher:
             await self.wait_kept(flight for flight, _ in wanted)
 
     @property
+    def flying(self) -> int:
+        """Flights that have not ended."""
+        return len(self._flights)
+
+    @property
     def queued(self) -> tuple[int, ...]:
         """Chunks that wait for a GET, by class."""
         return tuple(len(queue) for queue in self._queues)
@@ -184,6 +192,8 @@ class Fetcher:
                 self._queues[was].pop(flight, None)
                 self._enqueue(flight)
                 self.counters.upgrades += 1
+        if priority is Priority.DEMAND:
+            self.overtake_where_far(flight)
         if flight.stage is Stage.CHECKING:
             return Cause.FIRST_USE
         return Cause.JOINED if was is Priority.DEMAND else Cause.LATE
@@ -199,6 +209,63 @@ class Fetcher:
         flight.end()
         if self._flights.get(flight.digest) is flight:
             del self._flights[flight.digest]
+
+    # --- what a stream brings (`imagecache.cache.stream`)
+
+    def take_off(self, image: ImageMap, ordinal: int) -> Flight | None:
+        """A flight that a stream will carry; None where the chunk is here or on its way."""
+        digest = image.digest(ordinal)
+        if self._closed or digest in self._flights or self.arena.holds(digest):
+            return None
+        flight = Flight(image, ordinal, digest, Priority.PREFETCH)
+        flight.stage = Stage.FETCHING
+        self._flights[digest] = flight
+        return flight
+
+    def overtake_where_far(self, flight: Flight) -> None:
+        """Sends an own GET for a flight that its stream would bring later than that."""
+        stream = flight.stream
+        if stream is not None and flight.stage is Stage.FETCHING and stream.is_far(flight):
+            self.counters.overtakes += 1
+            stream.overtaken(flight)
+            self.give_back(flight)
+
+    def give_back(self, flight: Flight) -> None:
+        """A flight that no stream will carry is fetched as any other."""
+        flight.stream = None
+        if self._closed:
+            self._end(flight, Unavailable("the fetcher was stopped"))
+        elif flight.stage is Stage.FETCHING:
+            self._enqueue(flight)
+
+    def refuse_streamed(self, key: str, flight: Flight, fault: Corrupt) -> None:
+        """A stream brought a chunk that is not what it should be."""
+        log.error("%s; asking for the image's own copy", fault)
+        self.counters.corrupt_bodies += 1
+        self._reader.condemn(key)
+        if flight.stream is not None:
+            self.give_back(flight)
+
+    async def deliver(self, chunks: Sequence[tuple[Flight, bytes]], received: int) -> None:
+        """Verified chunks of a stream: wakes who waits, and keeps them. `received` for the books."""
+        count = self.counters.by_class[Priority.PREFETCH]
+        count.bytes_fetched += received
+        count.chunks += len(chunks)
+        for flight, plaintext in chunks:
+            if flight.stage is Stage.QUEUED:
+                self._queues[flight.priority].pop(flight, None)
+            flight.stream = None
+            flight.land(plaintext)
+        for demanded in (True, False):
+            kept = [
+                (flight.digest, plaintext)
+                for flight, plaintext in chunks
+                if (flight.priority is Priority.DEMAND) is demanded
+            ]
+            if kept:
+                await self.arena.admit(kept, ahead=not demanded)
+        for flight, _ in chunks:
+            self._end(flight)
 
     async def _check(self, flight: Flight) -> None:
         """Compares a local copy with its digest; what is not right is fetched."""
@@ -277,6 +344,8 @@ class Fetcher:
     async def _read(self, key: str, offset: int, length: int, priority: Priority) -> bytes:
         count = self.counters.by_class[priority]
         count.gets += 1
+        clock = asyncio.get_running_loop().time
+        begin = clock()
         try:
             async with asyncio.timeout(self.settings.attempt_seconds):
                 body = await self._reader.read(key, offset, length, priority=priority)
@@ -284,6 +353,8 @@ class Fetcher:
             seconds = self.settings.attempt_seconds
             raise Unavailable(f"{key} was not read within {seconds:g} seconds") from None
         count.bytes_fetched += len(body)
+        if priority is Priority.DEMAND:
+            self.demand_seconds += (clock() - begin - self.demand_seconds) / 8
         return body
 
     async def _land(
@@ -294,7 +365,7 @@ class Fetcher:
             Wanted(f.image.location(f.ordinal), f.image.length(f.ordinal), f.digest)
             for f in flights
         ]
-        found = await self._decode(body, get.offset, wanted)
+        found = await self.decode(body, get.offset, wanted)
         wrong: list[tuple[Flight, Wanted, Corrupt]] = []
         for flight, chunk, plaintext in zip(flights, wanted, found, strict=True):
             if isinstance(plaintext, Corrupt):
@@ -319,9 +390,10 @@ class Fetcher:
         for flight in flights:
             self._end(flight)
 
-    async def _decode(
+    async def decode(
         self, body: bytes, offset: int, wanted: Sequence[Wanted]
     ) -> list[bytes | Corrupt]:
+        """The verified plaintext of each, or why not; on a thread."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._cpu, decode_all, body, offset, wanted)
 
@@ -337,7 +409,7 @@ class Fetcher:
             body = await self._read(key, place.offset, place.stored_length, priority)
         except CubecacheError as failure:
             return failure
-        (right,) = await self._decode(body, place.offset, (chunk,))
+        (right,) = await self.decode(body, place.offset, (chunk,))
         if isinstance(right, bytes):
             self.counters.repaired += 1
         return right

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from enum import IntEnum
+from typing import Protocol
 
 from imagecache.cache.image import ImageMap
 from imagecache.errors import CubecacheError
@@ -20,12 +21,24 @@ class Stage(IntEnum):
     FAILED = 4
 
 
+class Carrier(Protocol):
+    """A stream that brings many flights one after another."""
+
+    def is_far(self, flight: Flight) -> bool:
+        """Whether an own GET would bring this flight sooner."""
+        ...
+
+    def overtaken(self, flight: Flight) -> None:
+        """An own GET was sent."""
+        ...
+
+
 class Flight:
     """One chunk on its way. It belongs to the fetcher and outlives whoever asked first.
 
     `done` is set in the end, without an exception; then either `plaintext` (verified) or `error`
     is there. `over` is set later, when the arena has taken it or not. `priority` is the highest of
-    those who asked. `rotten`: a local copy was refused.
+    those who asked. `rotten`: a local copy was refused. `stream` carries it while that is so.
     """
 
     __slots__ = (
@@ -39,6 +52,7 @@ class Flight:
         "priority",
         "rotten",
         "stage",
+        "stream",
     )
 
     def __init__(self, image: ImageMap, ordinal: int, digest: bytes, priority: Priority) -> None:
@@ -50,6 +64,7 @@ class Flight:
         self.plaintext: bytes | None = None
         self.error: CubecacheError | None = None
         self.rotten = False
+        self.stream: Carrier | None = None
         loop = asyncio.get_running_loop()
         self.done: asyncio.Future[None] = loop.create_future()
         self.over: asyncio.Future[None] = loop.create_future()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -39,6 +40,11 @@ class Bench:
         device = open_device(image.map(), self.arena, self.fetcher, **how)
         self.devices.append(device)
         return device
+
+    async def settled(self) -> None:
+        """Returns when the arena has written what reads were answered from meanwhile."""
+        while self.fetcher.flying:
+            await asyncio.sleep(0.001)
 
     async def close(self) -> None:
         await self.fetcher.close()

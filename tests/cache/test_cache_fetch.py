@@ -128,7 +128,7 @@ async def test_a_fetch_outlives_its_first_reader(bench) -> None:
 
 
 async def test_an_away_store_is_eio_after_the_deadline_and_nothing_sticks(bench) -> None:
-    """F30: the store is dead: a read waits as long as it may, is EIO, and the next one is afresh."""
+    """F30: the store is dead: a read waits as long as it may, then EIO; the next is afresh."""
     b = await bench()
     image = b.image(chunks=3, blocks=8, holes=False)
     device = b.device(image)
@@ -182,7 +182,7 @@ async def test_wrong_bytes_are_asked_for_once_more(bench) -> None:
 
 
 async def test_wrong_bytes_twice_are_eio_for_that_read_alone(bench) -> None:
-    """F31: wrong again: EIO, counted, never shown; neighbours are fine and the next read is afresh."""
+    """F31: wrong again: EIO, counted, never shown; neighbours and the next read are fine."""
     b = await bench()
     image = b.image(chunks=3, blocks=8, packs=3, holes=False)
     device = b.device(image, read_ahead=False)

@@ -58,7 +58,7 @@ def make_image(
     holes: bool = True,
     shared: Sequence[bytes] = (),
 ) -> KitImage:
-    """An image of `chunks` chunks of random sizes (or `blocks` each), with holes, in `packs` packs."""
+    """An image of `chunks` chunks of random sizes (or `blocks` each) in `packs` packs."""
     rng = random.Random(seed)
     builder, encoder = PieceBuilder(), ChunkEncoder()
     content = bytearray()
