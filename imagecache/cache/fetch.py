@@ -247,7 +247,7 @@ class Fetcher:
             self.give_back(flight)
 
     async def deliver(self, chunks: Sequence[tuple[Flight, bytes]], received: int) -> None:
-        """Verified chunks of a stream: wakes who waits, and keeps them. `received` for the books."""
+        """Verified chunks of a stream: wakes who waits, and keeps them; `received` is counted."""
         count = self.counters.by_class[Priority.PREFETCH]
         count.bytes_fetched += received
         count.chunks += len(chunks)

@@ -64,6 +64,7 @@ class BootStream:
         fetcher: Fetcher,
         streamer: StreamReader,
         image: ImageMap,
+        *,
         key: str,
         pack: bytes,
         chunks: Sequence[tuple[int, PackedChunk]],
@@ -105,7 +106,7 @@ class BootStream:
         """Brings what is missing here; returns when all of it has ended, one way or another."""
         loop = asyncio.get_running_loop()
         self._begin = self._last = loop.time()
-        for index, (ordinal, place) in enumerate(self._chunks):
+        for index, (ordinal, _) in enumerate(self._chunks):
             flight = self._fetcher.take_off(self._image, ordinal)
             if flight is not None:
                 self._flights[index] = flight
