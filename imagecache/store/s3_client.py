@@ -41,6 +41,7 @@ T = TypeVar("T")
 
 URL_LIFE_S = 3600
 _RELOAD_S = 30.0
+_SAME_RELOAD_S = 2.0  # calls that were refused together share one reload
 _SKEW_S = 240.0  # servers refuse at 15 minutes, some at 5
 _SIGNED = ("v4", "s3v4", "v4-query", "s3v4-query")
 _SHIFT = "cubecache_clock_shift_s"
@@ -112,7 +113,7 @@ class BucketClient:
         self._threads = ThreadPoolExecutor(limits.threads, thread_name_prefix="store-s3")
         self._making = threading.Lock()
         self._client: S3Client | None = None
-        self._made_at = 0.0
+        self._reloaded_at = -_RELOAD_S
         self._shift_s = 0.0
         self._temporary = False
 
@@ -166,11 +167,13 @@ class BucketClient:
             self._shift_s = shift_s
             return moved
         refused = code in CREDENTIAL_CODES or (status == 403 and code in ("", "403"))
-        if not refused or time.monotonic() - self._made_at < _RELOAD_S:
+        if not refused:
             return False
         with self._making:
-            self._client = None
-        return True
+            if time.monotonic() - self._reloaded_at >= _RELOAD_S:
+                self._client = None
+                self._reloaded_at = time.monotonic()
+            return time.monotonic() - self._reloaded_at < _SAME_RELOAD_S
 
     async def heal_soon(self, code: str, status: int, date: str) -> bool:
         """`heal` in a thread."""
@@ -200,7 +203,6 @@ class BucketClient:
             with self._making:
                 if self._client is None:
                     self._client = self._make()
-                    self._made_at = time.monotonic()
                 client = self._client
         return client
 

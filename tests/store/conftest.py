@@ -3,18 +3,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from kits.s3_servers import ACCESS_KEY, SECRET_KEY, S3Server, moto_server, rclone_server
+from kits.s3_servers import (
+    ACCESS_KEY,
+    SECRET_KEY,
+    S3Server,
+    moto_server,
+    rclone_server,
+    scratch_root,
+)
 
 
 @pytest.fixture(scope="session")
-def rclone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    with rclone_server(tmp_path_factory.mktemp("rclone")) as server:
+def rclone() -> Iterator[S3Server]:
+    with scratch_root() as root, rclone_server(root) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
-def moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    with moto_server(tmp_path_factory.mktemp("moto")) as server:
+def moto() -> Iterator[S3Server]:
+    with scratch_root() as root, moto_server(root) as server:
         yield server
 
 
