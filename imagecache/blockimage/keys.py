@@ -89,6 +89,26 @@ class RealmKeys:
         """An OCI manifest or config, as the registry had it."""
         return f"{self.prefix}blobs/{digest.replace(':', '-')}"
 
+    def profile(self, digest: bytes) -> str:
+        """A sealed profile."""
+        return f"{self.prefix}profiles/{digest.hex()}"
+
+    def boot_table(self, digest: bytes) -> str:
+        """A sealed boot table: what a boot pack holds, in order."""
+        return f"{self.prefix}boottables/{digest.hex()}"
+
+    def boot_pack(self, name: bytes) -> str:
+        """A boot pack: a pack that holds copies of chunks in the order of a start."""
+        return f"{self.prefix}bootpacks/{name.hex()}"
+
+    def start(self, repository: str, image: str) -> str:
+        """The mutable record of what is known of one image's start."""
+        return f"{self.starts_of(repository)}{image.replace(':', '-')}.json"
+
+    def starts_of(self, repository: str) -> str:
+        """The prefix of the start records of one repository's images."""
+        return f"{self.prefix}starts/{_segment(repository)}/"
+
     def alias(self, repository: str, tag: str) -> str:
         """A mutable name; repository and tag are each escaped into one key segment."""
         return f"{self.aliases_of(repository)}{_segment(tag)}.json"

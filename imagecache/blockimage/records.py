@@ -11,6 +11,7 @@ from imagecache.errors import Corrupt, Unsupported
 
 MAX_RECORD = 4 << 20
 _HEX64 = re.compile(r"[0-9a-f]{64}")
+_HEX64_OR_NOTHING = re.compile(r"(?:[0-9a-f]{64})?")
 _OCI_DIGEST = re.compile(r"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
 
 
@@ -136,6 +137,41 @@ class GenerationRecord:
         if state not in ("active", "retired", "expired", "deleted"):
             raise Corrupt(f"a generation record has state {state!r}")
         return cls(number=_number(fields, "number"), state=state)
+
+
+@dataclass(frozen=True, slots=True)
+class StartRecord:
+    """What is known of one image's start: its profile, and the boot pack made from it.
+
+    Digests are hex; `boot_table` is empty where no boot pack was built. `block_image` says for
+    which face and cut of the image the boot pack was made.
+    """
+
+    repository: str
+    image: str
+    block_image: str
+    profile: str
+    boot_table: str
+    sources: int
+
+    KIND = "start"
+
+    def encode(self) -> bytes:
+        """The record's JSON bytes."""
+        return _encode(self.KIND, {name: getattr(self, name) for name in self.__slots__})
+
+    @classmethod
+    def decode(cls, raw: bytes) -> StartRecord:
+        """Raises Corrupt or Unsupported."""
+        fields = _decode(cls.KIND, raw)
+        return cls(
+            repository=_text(fields, "repository"),
+            image=_match(fields, "image", _OCI_DIGEST),
+            block_image=_match(fields, "block_image", _HEX64),
+            profile=_match(fields, "profile", _HEX64),
+            boot_table=_match(fields, "boot_table", _HEX64_OR_NOTHING),
+            sources=_number(fields, "sources"),
+        )
 
 
 def _encode(kind: str, fields: dict[str, Any]) -> bytes:
