@@ -88,6 +88,7 @@ class OverlayDevice(BaseDevice):
         self._busy: list[tuple[int, int, asyncio.Future[None]]] = []
         self._slow_until = 0.0
         self._compact_at = _COMPACT_RECORDS
+        self._suspended = False
         self._sync_lock = asyncio.Lock()
         self.description = base.description
         self.block_sizes = BlockSizes(maximum=base.block_sizes.maximum)
@@ -505,6 +506,19 @@ class OverlayDevice(BaseDevice):
                     size = min(step, end - at)
                     yield Change(at, size, await asyncio.to_thread(self._pread, at, size))
 
+    async def suspend(self) -> None:
+        """Unlock for a process that takes over; until `resume` nothing may be asked of it."""
+        async with self._sync_lock:
+            self._journal.close()
+            self._suspended = True
+
+    async def resume(self) -> None:
+        """After `suspend`: lock again, and go on from what the disk says. OverlayError."""
+        self._journal = await asyncio.to_thread(Journal.open, self.path / "journal")
+        self.size, self._map = replay(self._journal.header, self._journal.records)
+        self._journal.records = []
+        self._suspended = False
+
     async def close(self) -> None:
         """Let go of the files; what was written stays. The base is not closed."""
         if self._fd < 0:
@@ -513,7 +527,8 @@ class OverlayDevice(BaseDevice):
             with contextlib.suppress(BufferError):
                 self._view.release()
                 self._mmap.close()
-            self._journal.close()
+            if not self._suspended:
+                self._journal.close()
             os.close(self._fd)
             self._fd = -1
 

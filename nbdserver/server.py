@@ -27,11 +27,15 @@ _ACCEPTS_PER_TURN = 64
 
 @dataclass(eq=False, slots=True)
 class Listener:
-    """One listening socket and the exports that its clients can name."""
+    """One listening socket and the exports that its clients can name.
+
+    `label` names it in a hand-over: the new process finds its exports by it.
+    """
 
     socket: socket.socket
     exports: Exports
     tls: TlsPolicy
+    label: str
     path: Path | None = None
     clients: int = 0
     accepting: bool = False
@@ -101,15 +105,31 @@ class Server:
         sock: socket.socket,
         exports: Exports,
         *,
+        label: str | None = None,
         path: Path | None = None,
         tls: TlsPolicy | None = None,
     ) -> Listener:
         """Serve a bound socket (a given one, or one from socket activation); the server owns it."""
-        sock.setblocking(False)
         sock.listen(1024)
-        listener = Listener(sock, exports, tls or self._tls, path)
+        listener = self.adopt_listener(
+            sock, exports, label=label or _label_of(sock), path=path, tls=tls
+        )
+        self.resume_listening(listener)
+        return listener
+
+    def adopt_listener(
+        self,
+        sock: socket.socket,
+        exports: Exports,
+        *,
+        label: str,
+        path: Path | None = None,
+        tls: TlsPolicy | None = None,
+    ) -> Listener:
+        """Own a listening socket without accepting yet; `resume_listening` begins."""
+        sock.setblocking(False)
+        listener = Listener(sock, exports, tls or self._tls, label, path)
         self.listeners.append(listener)
-        self._start_accepting(listener)
         return listener
 
     def stop_listening(self, listener: Listener) -> None:
@@ -127,15 +147,12 @@ class Server:
             listener.accepting = False
             asyncio.get_running_loop().remove_reader(listener.socket.fileno())
 
-    def _start_accepting(self, listener: Listener) -> None:
+    def resume_listening(self, listener: Listener) -> None:
+        """Accept clients (again)."""
         if listener in self.listeners and not listener.accepting and not self._draining:
             listener.accepting = True
             loop = asyncio.get_running_loop()
             loop.add_reader(listener.socket.fileno(), self._accept, listener)
-
-    def resume_listening(self, listener: Listener) -> None:
-        """Accept again after `pause_listening`."""
-        self._start_accepting(listener)
 
     def serve_socket(self, sock: socket.socket, exports: Exports) -> asyncio.Task[None]:
         """Serve one socket that is already connected; the task ends with the handshake."""
@@ -160,7 +177,7 @@ class Server:
                 )
                 self.pause_listening(listener)
                 loop = asyncio.get_running_loop()
-                loop.call_later(1.0, self._start_accepting, listener)
+                loop.call_later(1.0, self.resume_listening, listener)
                 return
             full = (
                 self.counters.connections >= self.limits.connections
@@ -202,7 +219,7 @@ class Server:
         try:
             async with asyncio.timeout(self.limits.handshake_seconds):
                 negotiated = await negotiation.run()
-            self._serve(negotiated, exports, listener)
+            self._connect(negotiated, exports, listener).start()
             agreed = True
         except (ClientGone, TimeoutError):
             self.counters.handshakes_failed += 1
@@ -218,15 +235,21 @@ class Server:
                 negotiation.stream.close()
                 self._gone(listener)
 
-    def _serve(
-        self, negotiated: Negotiated, exports: Exports, listener: Listener | None
+    def adopt_connection(
+        self, negotiated: Negotiated, listener: Listener, *, skip: int = 0
     ) -> Connection:
-        connection = self._connect(negotiated, exports, listener)
-        connection.start()
-        return connection
+        """Own a client that another process negotiated with; `start` it to serve it."""
+        self.counters.accepted += 1
+        self.counters.connections += 1
+        listener.clients += 1
+        return self._connect(negotiated, listener.exports, listener, skip=skip)
 
     def _connect(
-        self, negotiated: Negotiated, exports: Exports, listener: Listener | None
+        self,
+        negotiated: Negotiated,
+        exports: Exports,
+        listener: Listener | None,
+        skip: int = 0,
     ) -> Connection:
         connection = Connection(
             stream=negotiated.stream,
@@ -238,6 +261,7 @@ class Server:
             turn=self._turn,
             on_end=self._ended,
             rest=negotiated.rest,
+            skip=skip,
         )
         self.clients[connection] = Client(
             connection, negotiated.name, negotiated.device, exports, listener
@@ -320,11 +344,23 @@ class Server:
         await self._until_gone(connections, deadline)
         await asyncio.gather(*self._farewells, return_exceptions=True)
 
+    async def finish_handshakes(self, seconds: float) -> None:
+        """Return when no handshake is under way, or after `seconds`."""
+        if self._handshakes:
+            await asyncio.wait(tuple(self._handshakes), timeout=seconds)
+
     async def wait_idle(self) -> None:
         """Return when no client is left (a server of one connection ends then)."""
         while self.counters.connections:
             self._changed.clear()
             await self._changed.wait()
+
+
+def _label_of(sock: socket.socket) -> str:
+    name = sock.getsockname()
+    if isinstance(name, tuple):
+        return f"{name[0]}:{name[1]}"
+    return name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)
 
 
 def _bind_unix(sock: socket.socket, path: Path) -> None:

@@ -44,7 +44,11 @@ class RawClient:
         else:
             self.sock = socket.socket(socket.AF_UNIX)
             self.sock.settimeout(15)
-            self.sock.connect(str(where))
+            try:
+                self.sock.connect(str(where))
+            except OSError:
+                self.sock.close()
+                raise
         self.sock.settimeout(15)
         self.extended = self.structured = False
         self.size = self.flags = 0
