@@ -11,16 +11,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-import xxhash
-
 from imagecache.cache.index import SlotIndex
 from imagecache.cache.indexqueue import IndexQueue
 from imagecache.cache.lease import Lease
 from imagecache.cache.lock import DirectoryLock
 from imagecache.cache.settings import ArenaSettings, ArenaStats, Integrity
 from imagecache.cache.slotfile import SLOT_BYTES, ShortFile, SlotFile
-from imagecache.cache.slots import Reservation, SlotTable
+from imagecache.cache.slots import SlotTable
 from imagecache.cache.upkeep import start_upkeep
+from imagecache.cache.writing import SUM_BYTES, Work, Written, block_sums, write_all
 from imagecache.chunks import BLOCK, chunk_digest
 from imagecache.errors import Denied, NoSpace, Unavailable
 
@@ -30,7 +29,6 @@ T = TypeVar("T")
 _TICK_SECONDS = 2.0
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _MEDIUM = (errno.EIO, errno.EUCLEAN, errno.ENODATA)
-_SUM_BYTES = 8
 
 
 class Arena:
@@ -254,7 +252,7 @@ class Arena:
         if copy is None:
             return None
         view = memoryview(copy)
-        if block_sums(view) != sums[first * _SUM_BYTES : end * _SUM_BYTES]:
+        if block_sums(view) != sums[first * SUM_BYTES : end * SUM_BYTES]:
             digest = self.table.digests[slot]
             if digest is not None:
                 self._quarantine(slot, digest, "a block does not match its sum")
@@ -274,7 +272,7 @@ class Arena:
             self.refused += len(chunks)
             return 0
         table = self.table
-        work: list[tuple[Reservation, bytes, bytes]] = []
+        work: list[Work] = []
         present = 0
         for digest, plaintext in chunks:
             if table.find(digest) >= 0:
@@ -284,11 +282,12 @@ class Arena:
             if reservation is None:
                 self.refused += 1
                 continue
-            work.append((reservation, digest, plaintext))
+            work.append(Work(reservation, digest, plaintext))
         self._note_evictions()
         if not work:
             return present
-        job = asyncio.ensure_future(self._run(lambda: self._write(work)))
+        punch, sums = table.can_punch, self._sums is not None
+        job = self._run(lambda: write_all(self.file, work, can_punch=punch, with_sums=sums))
         try:
             await asyncio.shield(job)
         except asyncio.CancelledError:
@@ -297,33 +296,15 @@ class Arena:
             raise
         return present + self._settle(work, job.result(), ahead)
 
-    def _write(self, work: Sequence[tuple[Reservation, bytes, bytes]]) -> list[_Written]:
-        written = []
-        for reservation, _, plaintext in work:
-            outcome = _Written()
-            written.append(outcome)
-            try:
-                outcome.healed = self.file.heal_size()
-                for slot in reservation.punches:
-                    outcome.punched.append(self.file.punch(slot, 0, SLOT_BYTES // BLOCK))
-                self.file.write(reservation.slot, plaintext)
-                tail = reservation.stale_blocks - reservation.blocks
-                if tail > 0 and self.table.can_punch:
-                    self.file.punch(reservation.slot, reservation.blocks, tail)
-                if self._sums is not None:
-                    outcome.sums = block_sums(plaintext)
-            except OSError as error:
-                outcome.error = error
-        return written
-
     def _settle(
         self,
-        work: Sequence[tuple[Reservation, bytes, bytes]],
-        written: Sequence[_Written],
+        work: Sequence[Work],
+        written: Sequence[Written],
         ahead: bool,
     ) -> int:
         table, kept = self.table, 0
-        for (reservation, digest, plaintext), outcome in zip(work, written, strict=True):
+        for item, outcome in zip(work, written, strict=True):
+            reservation, digest = item.reservation, item.digest
             for number, slot in enumerate(reservation.punches):
                 done = number < len(outcome.punched) and outcome.punched[number]
                 table.punched(slot, given_back=done)
@@ -341,7 +322,7 @@ class Arena:
                 self._sums[reservation.slot] = outcome.sums
             self._index.note(reservation.slot, (digest, reservation.blocks))
             kept += 1
-            self._advance(len(plaintext))
+            self._advance(len(item.plaintext))
         self.admitted += kept
         if kept and self._degraded and all(outcome.error is None for outcome in written):
             log.warning("cache %s: the disk takes writes again", self.file.path)
@@ -406,25 +387,6 @@ class Arena:
     async def run(self, job: Callable[[], T]) -> T:
         """A blocking call on the arena's files, in its bounded executor."""
         return await self._run(job)
-
-
-class _Written:
-    """What became of one write."""
-
-    __slots__ = ("error", "healed", "punched", "sums")
-
-    def __init__(self) -> None:
-        self.error: OSError | None = None
-        self.healed = False
-        self.punched: list[bool] = []
-        self.sums: bytes | None = None
-
-
-def block_sums(plaintext: bytes | memoryview) -> bytes:
-    """XXH3-64 of each block, 8 bytes each: a guard against rot, never an address."""
-    view = memoryview(plaintext)
-    digest = xxhash.xxh3_64_digest
-    return b"".join([digest(view[at : at + BLOCK]) for at in range(0, len(view), BLOCK)])
 
 
 def _refusal(directory: Path, error: OSError) -> Exception:

@@ -6,9 +6,9 @@ import asyncio
 import errno
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from imagecache.cache.arena import Arena
+from imagecache.cache.counters import DeviceCounters
 from imagecache.cache.events import ORDER, Cause, ReadRecorder, Wait
 from imagecache.cache.fetch import Fetcher
 from imagecache.cache.flight import Flight
@@ -50,16 +50,6 @@ _MAX_CACHE_CHUNKS = 1024  # of one CACHE request; it is a hint
 def errno_of(error: CubecacheError) -> int:
     """The errno of an error by `ERRNO`."""
     return next(number for kind, number in ERRNO if isinstance(error, kind))
-
-
-@dataclass(slots=True)
-class DeviceCounters:
-    """Of one export. `misses` are reads that waited; the server counts all reads."""
-
-    misses: int = 0
-    errors: int = 0
-    waited_seconds: float = 0.0
-    copies: int = 0
 
 
 class _Parts:

@@ -6,16 +6,17 @@ import asyncio
 import logging
 from collections.abc import Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 from imagecache.cache.arena import Arena
+from imagecache.cache.counters import FetchCounters
 from imagecache.cache.decode import Wanted, decode_all
 from imagecache.cache.events import Cause
 from imagecache.cache.flight import Flight, Stage
 from imagecache.cache.image import ImageMap
 from imagecache.cache.plan import Get, plan_gets
+from imagecache.cache.settings import FetchSettings
 from imagecache.errors import Corrupt, CubecacheError, Unavailable
 from imagecache.store.base import Priority, RangeReader
 
@@ -24,54 +25,6 @@ log = logging.getLogger(__name__)
 _PLANNED_AT_ONCE = 256
 _DECODED_AT_ONCE = 4
 _FIRST_DEMAND_SECONDS = 0.05
-
-
-@dataclass(frozen=True, slots=True)
-class FetchSettings:
-    """Times in seconds, sizes in bytes, GETs under way per class.
-
-    The reader has budgets of its own; these should not be above them, because what waits there can
-    no longer be overtaken.
-    """
-
-    stall_seconds: float = 30.0  # how long a read waits before it is an error
-    attempt_seconds: float = 30.0  # how long one GET may take, the reader's retries included
-    retry_first_seconds: float = 0.1
-    retry_most_seconds: float = 2.0
-    max_get_bytes: int = 4 << 20
-    demand_gap_bytes: int = 0  # a gap costs bytes and saves GETs; demand reads run side by side
-    ahead_gap_bytes: int = 64 << 10
-    demand_gets: int = 32
-    prefetch_gets: int = 4
-    fill_gets: int = 2
-    max_queued_ahead: int = 4096  # chunks; what is asked for ahead beyond it is dropped
-    decoders: int = 2
-
-
-@dataclass(slots=True)
-class ClassCounters:
-    """Of one class of reads. Waste and hits are the arena's and the devices' to count."""
-
-    gets: int = 0
-    bytes_fetched: int = 0
-    chunks: int = 0
-    failures: int = 0
-
-
-@dataclass(slots=True)
-class FetchCounters:
-    """Plain counts since the start."""
-
-    by_class: tuple[ClassCounters, ...] = field(
-        default_factory=lambda: tuple(ClassCounters() for _ in Priority)
-    )
-    joins: int = 0  # demand that found its chunk on its way
-    upgrades: int = 0  # flights that were queued ahead and became demand
-    first_uses: int = 0  # local copies that were compared and right
-    corrupt_bodies: int = 0  # chunks that the store sent wrong: alert
-    repaired: int = 0  # of these, right when asked for again
-    dropped_ahead: int = 0
-    overtakes: int = 0  # demand that did not wait for a stream to bring its chunk
 
 
 class Fetcher:

@@ -1,4 +1,4 @@
-"""What an arena may use, and what it tells of itself."""
+"""What an arena and a fetcher may use, and what the arena tells of itself."""
 
 from __future__ import annotations
 
@@ -49,3 +49,25 @@ class ArenaStats:
     checked: int  # comparisons with a digest: first uses, scrubs, copies
     quarantined: int
     degraded: str | None  # why nothing is written at the moment
+
+
+@dataclass(frozen=True, slots=True)
+class FetchSettings:
+    """Times in seconds, sizes in bytes, GETs under way per class.
+
+    The reader has budgets of its own; these should not be above them, because what waits there can
+    no longer be overtaken.
+    """
+
+    stall_seconds: float = 30.0  # how long a read waits before it is an error
+    attempt_seconds: float = 30.0  # how long one GET may take, the reader's retries included
+    retry_first_seconds: float = 0.1
+    retry_most_seconds: float = 2.0
+    max_get_bytes: int = 4 << 20
+    demand_gap_bytes: int = 0  # a gap costs bytes and saves GETs; demand reads run side by side
+    ahead_gap_bytes: int = 64 << 10
+    demand_gets: int = 32
+    prefetch_gets: int = 4
+    fill_gets: int = 2
+    max_queued_ahead: int = 4096  # chunks; what is asked for ahead beyond it is dropped
+    decoders: int = 2

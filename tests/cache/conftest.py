@@ -13,8 +13,8 @@ from kits.cacheimage import KitImage, KitReader, make_image
 
 from imagecache.cache.arena import Arena
 from imagecache.cache.device import BlockImageDevice, open_device
-from imagecache.cache.fetch import Fetcher, FetchSettings
-from imagecache.cache.settings import ArenaSettings
+from imagecache.cache.fetch import Fetcher
+from imagecache.cache.settings import ArenaSettings, FetchSettings
 from imagecache.store.memory import MemoryStore
 
 FAST = FetchSettings(
