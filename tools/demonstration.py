@@ -134,9 +134,11 @@ def preload(builder: Host, image: str, store: ObjectStore, timeline: Timeline) -
 
 def first_start(host: Host, image: str, program: Sequence[str], timeline: Timeline) -> GuestRun:
     """Boots a microVM from the image and shows what its program says."""
-    guest = run_guest(host.command("run", image, *(["--", *program] if program else [])))
+    guest = run_guest(host.command("run", "--json", image, *(["--", *program] if program else [])))
     for name, seconds in guest.events:
         timeline.add(name, seconds)
+    if guest.events:
+        timeline.add("read from the root disk", None, f"{size(guest.read_bytes)} ({guest.note})")
     return guest
 
 

@@ -57,12 +57,17 @@ def new_cubecache(stage: Stage, tmp_path: Path) -> Callable[..., Cubecache]:
     """Makes installations; each has its own empty state dir, and by default the embedded store."""
     made = 0
 
-    def install(store: str | None = None, **environment: str) -> Cubecache:
+    def install(
+        store: str | None = None, config: str | None = None, **environment: str
+    ) -> Cubecache:
         nonlocal made
         made += 1
         # Unix socket paths are short, so not below pytest's long folder names.
         state = stage.folder / f"state-{made}"
-        return Cubecache(stage, state, store, store_environment() | environment)
+        path = stage.folder / f"config-{made}.toml" if config is not None else None
+        if path and config is not None:
+            path.write_text(config)
+        return Cubecache(stage, state, store, store_environment() | environment, path)
 
     return install
 

@@ -42,7 +42,7 @@ def test_a_dead_store_is_eio_for_cold_reads_and_nothing_for_warm_ones(
     truth = tmp_path / "truth.img"
     proxy = start_proxy(stage, object_store.endpoint)
     # Another host: its own state dir, so nothing of the image is local.
-    host = new_cubecache(object_store.url(proxy.endpoint))
+    host = new_cubecache(object_store.url(proxy.endpoint), "[cache]\nstall_seconds = 2.0\n")
     daemon = host.serve("--fill", "none")
     connection = connect(daemon.export(busybox))
     warm = bytes(connection.pread(4096, 0))

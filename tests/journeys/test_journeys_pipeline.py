@@ -4,7 +4,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from kits.image import recipe_layout, reference
+from imagemaker.entries import Entry
+from kits.image import recipe_layout, reference, write_image
 from kits.journey import Cubecache, tool
 from testbed.servers import ObjectStore, Registry
 
@@ -40,27 +41,28 @@ def test_preload_from_a_registry_into_an_object_store(
 
 
 def test_every_way_in_gives_the_same_block_image(
-    new_cubecache: Callable[..., Cubecache], registry: Registry, busybox: str, tmp_path: Path
+    new_cubecache: Callable[..., Cubecache], registry: Registry, busybox: str
 ) -> None:
-    archive = tmp_path / "busybox.tar"
-    tool(
-        "skopeo",
-        "--insecure-policy",
-        "copy",
-        "--quiet",
-        busybox,
-        f"docker-archive:{archive}:journeys/busybox:v1",
-    )
     by_name = push(busybox, registry, "journeys/ways:v1")
     by_layout = new_cubecache().preload(busybox)
     by_registry = new_cubecache().preload(by_name)
     by_digest = new_cubecache().preload(f"{by_name}@{by_registry['image']}")
-    by_archive = new_cubecache().preload(f"docker-archive:{archive}")
     assert by_layout["image"] == by_registry["image"] == by_digest["image"]
     digests = {found["block_image"] for found in (by_layout, by_registry, by_digest)}
     assert len(digests) == 1
-    # An archive has a manifest of its own, and perhaps another config: its content is the same.
+
+
+def test_a_docker_archive_has_the_same_content(cubecache: Cubecache, tmp_path: Path) -> None:
+    # Docker's archives know no zstd, so not the image with every oddity.
+    layers = [[Entry("a", content=b"a" * 9000)], [Entry("b", content=b"b" * 300_000)]]
+    layout = write_image(tmp_path / "layout", layers)
+    archive = tmp_path / "saved.tar"
+    options = ["--insecure-policy", "copy", "--quiet"]
+    tool("skopeo", *options, layout, f"docker-archive:{archive}:journeys/saved:v1")
+    by_layout = cubecache.preload(layout)
+    by_archive = cubecache.preload(f"docker-archive:{archive}")
     assert by_archive["size_bytes"] == by_layout["size_bytes"]
+    assert by_archive["new_chunks"] == 0
 
 
 def test_a_new_version_stores_its_changed_layer_alone(cubecache: Cubecache, busybox: str) -> None:
@@ -87,18 +89,19 @@ def test_json_may_stand_before_or_after_the_command(cubecache: Cubecache, busybo
     assert before == after
 
 
-def test_inspect_shows_what_the_config_says(cubecache: Cubecache, busybox: str) -> None:
+def test_inspect_shows_image_and_layers(cubecache: Cubecache, busybox: str) -> None:
     found = cubecache.preload(busybox)
     shown = cubecache.run("inspect", busybox, "--json").out
     assert found["block_image"] in shown
-    assert "/hello.sh" in shown
+    assert found["image"] in shown
+    assert shown.count("diff_id") == 4
 
 
 def test_rm_drops_the_name_and_says_what_it_would_free(cubecache: Cubecache, busybox: str) -> None:
     cubecache.preload(busybox)
     answer = cubecache.run("rm", busybox)
     assert "free" in answer.out.lower()
-    assert cubecache.run("images", "--json").out.count("sha256:") == 0
+    assert cubecache.names() == []
     assert cubecache.run("rm", busybox, expect=66).err
 
 

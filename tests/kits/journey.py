@@ -39,11 +39,14 @@ class Cubecache:
     state: Path
     store: str | None = None
     environment: dict[str, str] = field(default_factory=dict)
+    config: Path | None = None
 
     def command(self, *arguments: str) -> list[str]:
         command = [str(COMMAND), "--state-dir", str(self.state)]
         if self.store:
             command += ["--store", self.store]
+        if self.config:
+            command += ["--config", str(self.config)]
         return [*command, *arguments]
 
     def full_environment(self, extra: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -75,6 +78,10 @@ class Cubecache:
         if expect is not None:
             assert answer.code == expect, f"{arguments} ended with {answer}"
         return answer
+
+    def names(self) -> list[str]:
+        """All names of the realm's images."""
+        return [name for image in self.run("images", "--json").json() for name in image["names"]]
 
     def preload(self, image: str) -> dict[str, Any]:
         (found,) = self.run("preload", image, "--json").lines()

@@ -33,7 +33,10 @@ def make(recipe: Recipe, cache: Path) -> Path:
     """
     identity = f"{_FORMAT} {recipe.version} {distribution.suite()} {architecture()}"
     folder = cache / "layouts" / f"{recipe.name}-{_short(identity)}"
+    if (folder / "index.json").exists():
+        return folder
     with _locked(cache):
+        # Made, perhaps, by whoever held the lock.
         if (folder / "index.json").exists():
             return folder
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from testbed.guestrun import GuestRun, run_guest
+from testbed.guestrun import GuestRun, run_program
 from testbed.servers import store_environment
 
 
@@ -35,7 +35,7 @@ class LazyMount:
             return GuestRun(outcome.returncode, "", outcome.stderr, mounted, ())
         try:
             add("lazy mount", mounted)
-            found = run_guest(["chroot", str(self._folder), *program])
+            found = run_program(["chroot", str(self._folder), *program])
             for name, seconds in found.events:
                 add(name, seconds)
             return found
