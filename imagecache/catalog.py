@@ -6,11 +6,12 @@ here and nowhere else, so that "not there" and "could not ask" stay apart for ev
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from imagecache.blockimage.envelope import MAX_PLAINTEXT, seal, unseal
-from imagecache.blockimage.keys import ImageKey, RealmKeys
+from imagecache.blockimage.keys import ImageKey, RealmKeys, SealedKind
 from imagecache.blockimage.layerindex import LayerIndex
 from imagecache.blockimage.locations import LocationTable
 from imagecache.blockimage.manifest import BlockManifest
@@ -55,9 +56,8 @@ class Catalog:
         return first.number
 
     async def _generations(self, *states: str) -> list[GenerationRecord]:
-        prefix = f"{self.keys.prefix}generations/"
         found = []
-        async for stat in self.store.list(prefix):
+        async for stat in self.store.list(self.keys.generations):
             record = GenerationRecord.decode(await self.store.get(stat.key, limit=MAX_RECORD))
             if record.state in states:
                 found.append(record)
@@ -152,41 +152,41 @@ class Catalog:
             raise NotFound(f"no image {name} in realm {self.keys.realm}", remedy="cubecache images")
         return found.pop()
 
-    async def put_sealed(self, kind: str, plaintext: bytes) -> tuple[bytes, int]:
+    async def put_sealed(
+        self, kind: SealedKind, plaintext: bytes, generation: int
+    ) -> tuple[bytes, int]:
         """Stores a layer index, manifest or location table; its name and stored bytes."""
         name, sealed = seal(plaintext)
-        await self.store.put(self.sealed_key(kind, name), sealed)
+        await self.store.put(self.keys.sealed(kind, name, generation), sealed)
         return name, len(sealed)
 
-    def sealed_key(self, kind: str, name: bytes) -> str:
-        """The key of a sealed object: kind is indexes, manifests or locations."""
-        makers = {
-            "indexes": self.keys.layer_index,
-            "manifests": self.keys.manifest,
-            "locations": self.keys.locations,
-        }
-        return makers[kind](name)
-
-    async def sealed(self, kind: str, name: bytes) -> bytes:
+    async def sealed(self, kind: SealedKind, name: bytes, generation: int) -> bytes:
         """The verified plaintext of a sealed object."""
-        return unseal(await self.store.get(self.sealed_key(kind, name), limit=MAX_PLAINTEXT), name)
+        key = self.keys.sealed(kind, name, generation)
+        return unseal(await self.store.get(key, limit=MAX_PLAINTEXT), name)
 
-    async def layer_index(self, name: bytes) -> LayerIndex:
+    async def layer_index(self, name: bytes, generation: int) -> LayerIndex:
         """A layer index."""
-        return LayerIndex.decode(await self.sealed("indexes", name))
+        return LayerIndex.decode(await self.sealed("indexes", name, generation))
 
-    async def block_manifest(self, name: bytes) -> BlockManifest:
-        """A block manifest."""
-        return BlockManifest.decode(await self.sealed("manifests", name))
+    async def block_manifest(self, root: RootRecord) -> BlockManifest:
+        """The block manifest of a root."""
+        name = bytes.fromhex(root.block_image)
+        return BlockManifest.decode(await self.sealed("manifests", name, root.generation))
 
-    async def location_table(self, name: bytes) -> LocationTable:
-        """A location table."""
-        return LocationTable.decode(await self.sealed("locations", name))
+    async def location_table(self, root: RootRecord) -> LocationTable:
+        """The location table of a root."""
+        name = bytes.fromhex(root.locations)
+        return LocationTable.decode(await self.sealed("locations", name, root.generation))
 
-    async def put_blob(self, digest: str, raw: bytes) -> None:
+    async def put_blob(self, digest: str, raw: bytes, generation: int) -> None:
         """Keeps an OCI manifest or config as the registry had it."""
-        await self.store.put(self.keys.blob(digest), raw)
+        await self.store.put(self.keys.blob(digest, generation), raw)
 
-    async def blob(self, digest: str) -> bytes:
-        """An OCI manifest or config; the caller checks its digest."""
-        return await self.store.get(self.keys.blob(digest), limit=MAX_RECORD)
+    async def blob(self, digest: str, generation: int) -> bytes:
+        """An OCI manifest or config; Corrupt where it does not match its digest."""
+        raw = await self.store.get(self.keys.blob(digest, generation), limit=MAX_RECORD)
+        algorithm, _, wanted = digest.partition(":")
+        if hashlib.new(algorithm, raw).hexdigest() != wanted:
+            raise Corrupt(f"the stored blob {digest} does not match its digest")
+        return raw

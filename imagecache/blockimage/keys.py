@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 from blake3 import blake3
 
+from imagecache.blockimage.locations import split_pack_name
 from imagecache.blockimage.manifest import Face
 from imagecache.errors import UsageError
 
 FORMAT_VERSION = 1
 """Raised whenever the same image would get other digests."""
+
+SealedKind = Literal["indexes", "manifests", "locations"]
 
 _REALM = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _PLAIN = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._:@-")
@@ -36,7 +40,11 @@ class ImageKey:
 
 @dataclass(frozen=True, slots=True)
 class RealmKeys:
-    """The keys of one realm."""
+    """The keys of one realm.
+
+    No key is ever written again once its generation has expired, so that a collector which was
+    frozen for an hour can delete late without harm.
+    """
 
     realm: str
 
@@ -56,38 +64,48 @@ class RealmKeys:
         """The state of one generation."""
         return f"{self.prefix}generations/{number:08d}.json"
 
+    @property
+    def generations(self) -> str:
+        """The prefix of the states of all generations."""
+        return f"{self.prefix}generations/"
+
+    def within(self, generation: int) -> str:
+        """The prefix of everything of one generation but its packs."""
+        return f"{self.prefix}g{generation:08d}/"
+
     def root(self, key: ImageKey, generation: int) -> str:
         """The root record of one image in one generation: the commit."""
-        return f"{self.prefix}roots/{generation:08d}/{key.digest()}.json"
+        return f"{self.roots(generation)}{key.digest()}.json"
 
     def roots(self, generation: int) -> str:
         """The prefix of all roots of a generation."""
-        return f"{self.prefix}roots/{generation:08d}/"
+        return f"{self.within(generation)}roots/"
 
     def layer(self, diff_id: str, generation: int) -> str:
         """The record that finds a converted layer by its diff id."""
         name = f"{diff_id.replace(':', '-')}.f{FORMAT_VERSION}.json"
-        return f"{self.prefix}layers/{generation:08d}/{name}"
+        return f"{self.layers(generation)}{name}"
 
-    def layer_index(self, digest: bytes) -> str:
-        """A sealed layer index."""
-        return f"{self.prefix}indexes/{digest.hex()}"
+    def layers(self, generation: int) -> str:
+        """The prefix of all layer records of a generation."""
+        return f"{self.within(generation)}layers/"
 
-    def manifest(self, digest: bytes) -> str:
-        """A sealed block manifest."""
-        return f"{self.prefix}manifests/{digest.hex()}"
+    def sealed(self, kind: SealedKind, digest: bytes, generation: int) -> str:
+        """A sealed layer index, block manifest or location table."""
+        return f"{self.within(generation)}{kind}/{digest.hex()}"
 
-    def locations(self, digest: bytes) -> str:
-        """A sealed location table."""
-        return f"{self.prefix}locations/{digest.hex()}"
+    def blob(self, digest: str, generation: int) -> str:
+        """An OCI manifest or config, as the registry had it."""
+        return f"{self.within(generation)}blobs/{digest.replace(':', '-')}"
 
     def pack(self, name: bytes) -> str:
-        """A pack."""
-        return f"{self.prefix}packs/{name.hex()}"
+        """A pack, by its name: the generation that it was written in, and its digest."""
+        generation, digest = split_pack_name(name)
+        return f"{self.packs(generation)}{digest.hex()}"
 
-    def blob(self, digest: str) -> str:
-        """An OCI manifest or config, as the registry had it."""
-        return f"{self.prefix}blobs/{digest.replace(':', '-')}"
+    def packs(self, generation: int) -> str:
+        """The prefix of the packs that were written in a generation."""
+        return f"{self.prefix}packs/{generation:08d}/"
 
     def profile(self, digest: bytes) -> str:
         """A sealed profile."""

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from imagecache.blockimage.extents import MAX_CHUNKS, packed, unpacked
-from imagecache.chunks import DIGEST_BYTES, MAX_CHUNK_BYTES
+from imagecache.chunks import MAX_CHUNK_BYTES
 from imagecache.errors import Corrupt, Unsupported
 
 MAGIC = b"CCLOCAT1"
@@ -19,6 +19,18 @@ VERSION = 1
 HEADER = struct.Struct("<8sHHII32s")  # magic, version, reserved, packs, chunks, subject digest
 ROW_BYTES = 4 + 4 + 4 + 1 + 1
 MAX_PACKS = 1 << 20
+PACK_NAME = struct.Struct("<I32s")  # generation that it was written in, digest of its bytes
+
+
+def pack_name(digest: bytes, generation: int) -> bytes:
+    """A pack's name in location tables (36 bytes)."""
+    return PACK_NAME.pack(generation, digest)
+
+
+def split_pack_name(name: bytes) -> tuple[int, bytes]:
+    """The generation and the digest in a pack's name."""
+    generation, digest = PACK_NAME.unpack(name)
+    return generation, digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,16 +109,16 @@ class LocationTable:
             raise Unsupported(
                 f"a location table of version {version}", remedy="needs a newer cubecache"
             )
-        end = HEADER.size + pack_count * DIGEST_BYTES + count * ROW_BYTES
+        end = HEADER.size + pack_count * PACK_NAME.size + count * ROW_BYTES
         if pack_count > MAX_PACKS or count > MAX_CHUNKS or len(plaintext) != end:
             raise Corrupt("a location table has a wrong length for its counts")
         view = memoryview(plaintext)
         at = HEADER.size
         packs = tuple(
-            bytes(view[at + n * DIGEST_BYTES : at + (n + 1) * DIGEST_BYTES])
+            bytes(view[at + n * PACK_NAME.size : at + (n + 1) * PACK_NAME.size])
             for n in range(pack_count)
         )
-        at += pack_count * DIGEST_BYTES
+        at += pack_count * PACK_NAME.size
         table = cls(
             subject=subject,
             packs=packs,

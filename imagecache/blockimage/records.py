@@ -11,6 +11,7 @@ from imagecache.errors import Corrupt, Unsupported
 
 MAX_RECORD = 4 << 20
 _HEX64 = re.compile(r"[0-9a-f]{64}")
+_PACK_NAME = re.compile(r"[0-9a-f]{72}")  # generation and digest
 _HEX64_OR_NOTHING = re.compile(r"(?:[0-9a-f]{64})?")
 _OCI_DIGEST = re.compile(r"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
 
@@ -57,7 +58,7 @@ class RootRecord:
             block_image=_match(fields, "block_image", _HEX64),
             locations=_match(fields, "locations", _HEX64),
             layers=_texts(fields, "layers", _OCI_DIGEST),
-            packs=_texts(fields, "packs", _HEX64),
+            packs=_texts(fields, "packs", _PACK_NAME),
             size_bytes=_number(fields, "size_bytes"),
             chunks=_number(fields, "chunks"),
             packed_bytes=_number(fields, "packed_bytes"),

@@ -46,6 +46,7 @@ def assemble(
     options: str,
     limits: Limits,
     level: int,
+    generation: int,
 ) -> AssembledImage:
     """Assembles the image of `layers`, bottom first, each with its index's digest.
 
@@ -54,7 +55,7 @@ def assemble(
     tables = [FileTable.decode(index.file_table, limits) for index, _ in layers]
     region = write_face(merge(tables), face)
     plan = region.plan
-    sink = ChunkSink(directory, known, announce, level=level)
+    sink = ChunkSink(directory, known, announce, generation=generation, level=level)
     laid = []
     for section in region.sections:
         for at in range(0, len(section), MAX_CHUNK_BYTES):

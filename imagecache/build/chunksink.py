@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from imagecache.blockimage.extents import ChunkList
-from imagecache.blockimage.locations import Location
+from imagecache.blockimage.locations import Location, pack_name
 from imagecache.chunks import BLOCK, chunk_digest
 from imagecache.chunks.codec import DEFAULT_LEVEL, ChunkEncoder
 from imagecache.packs.pack import PackWriter
@@ -51,6 +51,7 @@ class ChunkSink:
         known: dict[bytes, Location],
         announce: Callable[[FinishedPack], None],
         *,
+        generation: int = 1,
         level: int = DEFAULT_LEVEL,
     ) -> None:
         self.digests: list[bytes] = []
@@ -60,6 +61,7 @@ class ChunkSink:
         self._known = known
         self._announce = announce
         self._level = level
+        self._generation = generation
         self._places: dict[bytes, tuple[int, int, int, int]] = {}
         self._pack_names: list[bytes] = []
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="encode")
@@ -111,7 +113,8 @@ class ChunkSink:
     def _close_pack(self) -> None:
         if self._writer is None or self._file is None:
             return
-        tail, name = self._writer.finish()
+        tail, digest = self._writer.finish()
+        name = pack_name(digest, self._generation)
         self._file.write(tail)
         path = Path(self._file.name)
         self._file.close()

@@ -56,13 +56,14 @@ class LayerConverter:
         *,
         limits: Limits,
         level: int,
+        generation: int = 1,
         rule: CutRule = FORMAT_CUT_RULE,
     ) -> None:
         """Any other rule than the format's is for measuring: what it makes is no block image."""
         self._rule = rule
         self._limits = limits
         self._progress = progress
-        self._sink = ChunkSink(directory, known, announce, level=level)
+        self._sink = ChunkSink(directory, known, announce, generation=generation, level=level)
         self._builder = FileTableBuilder(limits)
         self._spool_path = directory / "small"
         self._spool_at = array("q")  # by content id; -1 where nothing waits in the spool

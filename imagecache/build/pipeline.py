@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from imagecache.blockimage.keys import FORMAT_VERSION, ImageKey
+from imagecache.blockimage.keys import FORMAT_VERSION, ImageKey, SealedKind
 from imagecache.blockimage.locations import LocationTable
 from imagecache.blockimage.manifest import BlockManifest, Face
 from imagecache.blockimage.records import LayerRecord, RootRecord
@@ -263,8 +263,10 @@ class _Job:
         await asyncio.to_thread(blob.unlink, missing_ok=True)
         return _Placed(directory / "index", directory / "locations")
 
-    async def _put(self, kind: str, path: Path) -> bytes:
-        name, stored = await self.catalog.put_sealed(kind, await asyncio.to_thread(path.read_bytes))
+    async def _put(self, kind: SealedKind, path: Path) -> bytes:
+        name, stored = await self.catalog.put_sealed(
+            kind, await asyncio.to_thread(path.read_bytes), self.generation
+        )
         self.stored_bytes += stored
         return name
 
@@ -275,6 +277,7 @@ class _Job:
             "limits": asdict(settings.limits),
             "level": settings.level,
             "memory_bytes": settings.worker_memory_bytes,
+            "generation": self.generation,
         }
         places = asyncio.Semaphore(UPLOADS)
         done: dict[str, Any] = {}
@@ -306,12 +309,12 @@ class _Job:
         )
 
     async def _fetch_pair(
-        self, directory: Path, kind: str, subject: bytes, locations: bytes
+        self, directory: Path, kind: SealedKind, subject: bytes, locations: bytes
     ) -> _Placed:
         placed = _Placed(directory / "index", directory / "locations")
-        plaintext = await self.catalog.sealed(kind, subject)
+        plaintext = await self.catalog.sealed(kind, subject, self.generation)
         await asyncio.to_thread(placed.index.write_bytes, plaintext)
-        plaintext = await self.catalog.sealed("locations", locations)
+        plaintext = await self.catalog.sealed("locations", locations, self.generation)
         await asyncio.to_thread(placed.locations.write_bytes, plaintext)
         return placed
 
@@ -366,7 +369,7 @@ class _Job:
                 (str(image.digest), image.manifest_raw),
                 (str(image.manifest.config.digest), image.config_raw),
             ):
-                await self.catalog.put_blob(digest, raw)
+                await self.catalog.put_blob(digest, raw, self.generation)
                 self.stored_bytes += len(raw)
         return await asyncio.to_thread(
             _root_record, self, platform, directory, block_image, locations

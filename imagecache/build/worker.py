@@ -50,6 +50,7 @@ def run_layer(job: dict[str, Any]) -> dict[str, Any]:
         lambda count: emit("progress", bytes=count),
         limits=_limits(job),
         level=job["level"],
+        generation=job["generation"],
     )
     with Path(job["blob"]).open("rb") as blob:
         result = converter.convert(blob, job["diff_id"])
@@ -80,6 +81,7 @@ def run_image(job: dict[str, Any]) -> dict[str, Any]:
         options=job["options"],
         limits=_limits(job),
         level=job["level"],
+        generation=job["generation"],
     )
     (directory / "manifest").write_bytes(result.manifest)
     (directory / "locations").write_bytes(result.locations)

@@ -37,17 +37,17 @@ _KINDS = {
 
 async def load_view(catalog: Catalog, root: RootRecord) -> ImageView:
     """An image's manifest and file tables."""
-    manifest = await catalog.block_manifest(bytes.fromhex(root.block_image))
+    manifest = await catalog.block_manifest(root)
     tables = []
     for layer in manifest.layers:
-        index = await catalog.layer_index(layer.index)
+        index = await catalog.layer_index(layer.index, root.generation)
         tables.append(await asyncio.to_thread(FileTable.decode, index.file_table, Limits()))
     return ImageView(manifest, tables)
 
 
 async def _describe(catalog: Catalog, root: RootRecord) -> dict[str, Any]:
-    manifest = await catalog.block_manifest(bytes.fromhex(root.block_image))
-    table = await catalog.location_table(bytes.fromhex(root.locations))
+    manifest = await catalog.block_manifest(root)
+    table = await catalog.location_table(root)
     return {
         "image": root.image,
         "block_image": root.block_image,
@@ -126,7 +126,7 @@ def inspect(session: Session, *, image: str, path: str | None, face: str) -> Non
             if path is None:
                 return await _describe(catalog, root)
             view = await load_view(catalog, root)
-            table = await catalog.location_table(bytes.fromhex(root.locations))
+            table = await catalog.location_table(root)
             return describe_path(view, table, os.fsencode(path))
 
     answer = asyncio.run(gather())
@@ -169,7 +169,7 @@ def diff(session: Session, *, before: str, after: str, face: str) -> None:
             for image in (before, after):
                 root = await find_root(catalog, image, parse_face(face))
                 views.append(await load_view(catalog, root))
-                tables.append(await catalog.location_table(bytes.fromhex(root.locations)))
+                tables.append(await catalog.location_table(root))
             if views[0].manifest.face != views[1].manifest.face:
                 raise UsageError("the two images have different faces")
             return difference(views[0], views[1], tables[1])

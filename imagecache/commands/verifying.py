@@ -51,8 +51,8 @@ def verify(session: Session, *, image: str, rebuild: bool, face: str) -> None:
     async def check() -> dict[str, Any]:
         async with opened_catalog(session.settings) as (opened, catalog):
             root = await find_root(catalog, image, parse_face(face))
-            manifest = await catalog.block_manifest(bytes.fromhex(root.block_image))
-            locations = await catalog.location_table(bytes.fromhex(root.locations))
+            manifest = await catalog.block_manifest(root)
+            locations = await catalog.location_table(root)
             verifier = Verifier(catalog, opened.reader, manifest, locations)
             report = await verifier.run(
                 lambda done: session.terminal.progress("verify", done, root.packed_bytes)

@@ -27,6 +27,7 @@ class ExportRecord:
     block_image: str
     locations: str
     realm: str
+    generation: int
     size_bytes: int
     socket: str | None
     fill: str | None
@@ -44,7 +45,10 @@ class ExportTable:
             try:
                 database.conn.execute("pragma synchronous=full")
                 if "exports" not in database.table_names():
-                    columns = dict.fromkeys(ExportRecord.__slots__, str) | {"size_bytes": int}
+                    columns = dict.fromkeys(ExportRecord.__slots__, str) | {
+                        "size_bytes": int,
+                        "generation": int,
+                    }
                     database.table("exports").create(columns, pk="name")
                 return work(database.table("exports"))
             finally:

@@ -21,11 +21,11 @@ from imagecache.blockimage.records import MAX_RECORD, RootRecord
 from imagecache.build.progress import BuildResult, Report
 from imagecache.cache.arena import Arena
 from imagecache.cache.device import open_device
-from imagecache.cache.fetch import Fetcher, FetchSettings
+from imagecache.cache.fetch import Fetcher
 from imagecache.cache.fill import Fill, FillMode, default_mode
 from imagecache.cache.image import ImageMap
 from imagecache.cache.objects import ObjectCache
-from imagecache.cache.settings import ArenaSettings, Integrity
+from imagecache.cache.settings import ArenaSettings, FetchSettings, Integrity
 from imagecache.catalog import Catalog
 from imagecache.composition import (
     DEFAULT_OPTIONS,
@@ -37,7 +37,7 @@ from imagecache.composition import (
 )
 from imagecache.daemon.exports import ExportView, LiveExport
 from imagecache.daemon.exporttable import ExportRecord, ExportTable
-from imagecache.errors import Busy, Corrupt, CubecacheError, NotFound, Unavailable, UsageError
+from imagecache.errors import Busy, CubecacheError, NotFound, Unavailable, UsageError
 from imagecache.oci.config import parse_config
 from imagecache.oci.reference import parse_reference
 from imagecache.settings import FILLS, Settings
@@ -163,6 +163,7 @@ class Service:
                 block_image=root.block_image,
                 locations=root.locations,
                 realm=root.realm,
+                generation=root.generation,
                 size_bytes=root.size_bytes,
                 socket=request.socket,
                 fill=request.fill or self.settings.cache.fill,
@@ -205,10 +206,7 @@ class Service:
         return await self.catalog.find_root(key)
 
     async def _run_config(self, root: RootRecord) -> str:
-        raw = await self.catalog.blob(root.config)
-        algorithm, _, wanted = root.config.partition(":")
-        if hashlib.new(algorithm, raw).hexdigest() != wanted:
-            raise Corrupt(f"the stored config {root.config} does not match its digest")
+        raw = await self.catalog.blob(root.config, root.generation)
         config = parse_config(
             raw, limit=MAX_RECORD, max_layers=MAX_LAYERS, what=f"config {root.config}"
         )
@@ -253,8 +251,9 @@ class Service:
         image = self._images.get(record.block_image)
         if image is None:
             name, table = bytes.fromhex(record.block_image), bytes.fromhex(record.locations)
-            manifest = await self.objects.get(self.catalog.keys.manifest(name), name)
-            locations = await self.objects.get(self.catalog.keys.locations(table), table)
+            keys, generation = self.catalog.keys, record.generation
+            manifest = await self.objects.get(keys.sealed("manifests", name, generation), name)
+            locations = await self.objects.get(keys.sealed("locations", table, generation), table)
             image = await asyncio.to_thread(
                 lambda: ImageMap(
                     BlockManifest.decode(manifest),

@@ -8,7 +8,7 @@ from blake3 import blake3
 from imagecache.blockimage.envelope import seal, unseal
 from imagecache.blockimage.extents import ExtentMap, PieceBuilder
 from imagecache.blockimage.layerindex import LayerIndex
-from imagecache.blockimage.locations import Location, LocationTable
+from imagecache.blockimage.locations import Location, LocationTable, pack_name
 from imagecache.blockimage.manifest import BlockManifest, Face, PlacedLayer, canonical_options
 from imagecache.blockimage.records import RootRecord
 from imagecache.errors import Corrupt, CubecacheError, Unsupported
@@ -71,7 +71,7 @@ def test_layer_index_round_trip() -> None:
 
 
 def test_location_table_round_trip() -> None:
-    places = [Location(digest(n % 3), n * 10, n + 1, n % 2, 0) for n in range(50)]
+    places = [Location(pack_name(digest(n % 3), 7), n * 10, n + 1, n % 2, 0) for n in range(50)]
     table = LocationTable.build(digest(0), places)
     again = LocationTable.decode(table.encode())
     assert [again.locate(n) for n in range(50)] == places
@@ -86,7 +86,9 @@ def test_damage_is_a_typed_error(seed: int) -> None:
         (LayerIndex.decode, LayerIndex("sha256:" + "a" * 64, b"ft", chunks, pieces).encode()),
         (
             LocationTable.decode,
-            LocationTable.build(digest(0), [Location(digest(1), 8, 9, 1, 0)]).encode(),
+            LocationTable.build(
+                digest(0), [Location(pack_name(digest(1), 1), 8, 9, 1, 0)]
+            ).encode(),
         ),
     ]
     dice = random.Random(seed)
@@ -140,7 +142,7 @@ def test_root_record_round_trip_and_strictness() -> None:
         block_image="3" * 64,
         locations="4" * 64,
         layers=("sha256:" + "5" * 64,),
-        packs=("6" * 64,),
+        packs=("6" * 72,),
         size_bytes=4096,
         chunks=1,
         packed_bytes=10,

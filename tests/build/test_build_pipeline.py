@@ -51,8 +51,8 @@ def damaged(where: Settings) -> tuple[int, list[str]]:
         async with opened_catalog(where) as (opened, catalog):
             images, broken = 0, []
             async for root in catalog.roots():
-                manifest = await catalog.block_manifest(bytes.fromhex(root.block_image))
-                table = await catalog.location_table(bytes.fromhex(root.locations))
+                manifest = await catalog.block_manifest(root)
+                table = await catalog.location_table(root)
                 verifier = Verifier(catalog, opened.reader, manifest, table)
                 broken += (await verifier.run(lambda _: None)).damaged
                 images += 1
@@ -159,6 +159,7 @@ def test_hostile_layer_costs_a_job_not_the_process(tmp_path: Path) -> None:
         "known": [],
         "limits": {},
         "level": 3,
+        "generation": 1,
     }
 
     async def run() -> None:

@@ -8,7 +8,9 @@ from pathlib import Path
 import nbd
 import pytest
 
-from imagecache.composition import ImageRequest
+from imagecache.blockimage.keys import ImageKey
+from imagecache.blockimage.manifest import Face
+from imagecache.composition import DEFAULT_OPTIONS, ImageRequest
 from imagecache.daemon.service import ExportRequest, Service
 from imagecache.errors import Busy, NotFound, UsageError
 from imagecache.flatten.filetable import FileTable
@@ -48,9 +50,13 @@ async def refused(uri: str) -> bool:
 
 async def view_of(service: Service, image: str) -> ImageView:
     export = await service.export(request(image))
-    manifest = await service.catalog.block_manifest(bytes.fromhex(export.record.block_image))
+    key = ImageKey(export.record.image, Face.EROFS, DEFAULT_OPTIONS)
+    root = await service.catalog.find_root(key)
+    manifest = await service.catalog.block_manifest(root)
     tables = [
-        FileTable.decode((await service.catalog.layer_index(x.index)).file_table, Limits())
+        FileTable.decode(
+            (await service.catalog.layer_index(x.index, root.generation)).file_table, Limits()
+        )
         for x in manifest.layers
     ]
     return ImageView(manifest, tables)
