@@ -115,6 +115,8 @@ class S3Store:
         last_page: frozenset[str] = frozenset()
         for _ in range(_MAX_PAGES):
             page = await self._page(prefix, full_prefix, token)
+            if "IsTruncated" not in page:  # an empty body or a portal's page parses as no keys
+                raise OriginProtocol(f"the answer for {prefix!r} is no listing")
             found = [_listed(entry, full_prefix) for entry in page.get("Contents", [])]
             keys = frozenset(stat.key for stat in found)
             if (

@@ -161,7 +161,7 @@ class BucketClient:
 
         `date` is the server's Date header. May block (credentials): for threads only.
         """
-        shift_s = _server_shift_s(date)
+        shift_s = parse_date_shift(date)
         if shift_s is not None and (code in SKEW_CODES or abs(shift_s - self._shift_s) > _SKEW_S):
             moved = abs(shift_s - self._shift_s) > 1.0
             self._shift_s = shift_s
@@ -258,7 +258,8 @@ def _is_aws(endpoint: str) -> bool:
     return host.endswith((".amazonaws.com", ".amazonaws.com.cn", ".api.aws"))
 
 
-def _server_shift_s(date: str) -> float | None:
+def parse_date_shift(date: str) -> float | None:
+    """Seconds that the clock of a Date header is ahead of ours; None for what is no date."""
     try:
         return parsedate_to_datetime(date).timestamp() - time.time()
     except (ValueError, TypeError):

@@ -37,7 +37,7 @@ async def scripted(answer: Handler) -> AsyncIterator[Scripted]:
     async def handle(request: web.BaseRequest) -> web.StreamResponse:
         headers = {key.lower(): value for key, value in request.headers.items()}
         server.seen.append((request.method, request.path_qs, headers))
-        body = await request.read()
+        body = await request.content.read()  # request.read() has a limit
         return await server.answer(request, body)
 
     runner = web.ServerRunner(web.Server(handle), shutdown_timeout=0.1)
