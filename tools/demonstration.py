@@ -45,6 +45,7 @@ PROGRAM = (
     "import numpy; print('numpy', numpy.__version__, 'says', numpy.arange(10).sum())",
 )
 UNSUPPORTED = 78
+STAGES = ("resolve", "pull", "flatten", "store", "commit")
 CONFIG = "[cache]\nbudget_bytes = '8GiB'\nstall_seconds = 5.0\n"
 
 
@@ -121,8 +122,8 @@ def preload(builder: Host, image: str, store: ObjectStore, timeline: Timeline) -
     """Builds the image into the store; its result."""
     say("2. Preload: pull, flatten, store")
     result: dict[str, Any] = json.loads(builder.call("preload", image, "--json"))
-    for stage_name, seconds in result.get("stages", {}).items():
-        timeline.add(stage_name, seconds)
+    for name in STAGES:
+        timeline.add(name, result["stages"].get(name, 0.0))
     timeline.add(
         "preload, all of it",
         result["seconds"],
@@ -146,13 +147,11 @@ def show_fetched(proxy: Proxy, stored: int, timeline: Timeline) -> float:
     """Adds what was fetched so far; the share of the stored bytes."""
     counters = proxy.counters()
     fetched = sum(count["bytes"] for count in counters.values())
-    requests = sum(count["requests"] for count in counters.values())
-    timeline.add(
-        "fetched from the store",
-        None,
-        f"{size(fetched)} of {size(stored)} stored = {fetched / stored:.1%}, {requests} requests",
-    )
-    return fetched / stored
+    requests = ", ".join(f"{count['requests']} {name}" for name, count in counters.items())
+    share = fetched / stored
+    note = f"{size(fetched)} of {size(stored)} stored = {share:.1%} (requests: {requests})"
+    timeline.add("fetched from the store", None, note)
+    return share
 
 
 def cold_read_is_eio(uri: str, proxy: Proxy, timeline: Timeline) -> bool:
@@ -251,7 +250,10 @@ def judge(shown: Shown) -> int:
     say("Summary")
     where = "a microVM" if shown.in_vm else "a lazy mount (this machine boots no microVM)"
     print(f"  The program ran from {where} after fetching {shown.share:.1%} of what is stored.")
-    print(f"  It spoke after {shown.cold.seconds:.2f} s cold and {shown.warm.seconds:.2f} s warm.")
+    print(f"  {'seconds':<38}{'cold':>10}{'warm':>10}")
+    warm = dict(shown.warm.events)
+    for name, seconds in shown.cold.events:
+        print(f"  {name:<38}{seconds:>10.3f}{warm.get(name, 0.0):>10.3f}")
     print(f"  With the store dead, a cold read {'is EIO' if shown.eio else 'did not happen'}.")
     for line in wrong:
         print(f"  NOT SHOWN: {line}", file=sys.stderr)
@@ -277,6 +279,8 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, _leave)
     with Stage() as stage:
+        # What a child leaves behind goes with the stage.
+        os.environ["TMPDIR"] = str(stage.folder)
         try:
             return demonstrate(chosen.image, program, stage)
         except (DemoError, StageError, subprocess.CalledProcessError) as error:

@@ -82,11 +82,20 @@ def _run(command: Sequence[str]) -> tuple[int, str, str, float | None, float]:
         code = child.wait(30)
     finally:
         if child.poll() is None:
-            os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
+            _end(child)
     end = time.monotonic() - begin
     out, err = (said[name].decode(errors="replace") for name in ("out", "err"))
     return code, out, err, first, end
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    # Politely first: it has a machine and temporary folders to clear away.
+    child.send_signal(signal.SIGINT)
+    try:
+        child.wait(10)
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
 
 
 def _listen(child: subprocess.Popen[bytes], begin: float) -> tuple[dict[str, bytes], float | None]:
@@ -99,7 +108,7 @@ def _listen(child: subprocess.Popen[bytes], begin: float) -> tuple[dict[str, byt
         while selector.get_map():
             left = begin + LONGEST_SECONDS - time.monotonic()
             if left <= 0:
-                os.killpg(child.pid, signal.SIGKILL)
+                _end(child)
                 break
             for key, _ in selector.select(left):
                 piece = os.read(key.fd, 65536)
