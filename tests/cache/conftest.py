@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -17,9 +17,7 @@ from imagecache.cache.fetch import Fetcher
 from imagecache.cache.settings import ArenaSettings, FetchSettings
 from imagecache.store.memory import MemoryStore
 
-FAST = FetchSettings(
-    stall_seconds=0.6, attempt_seconds=0.5, retry_first_seconds=0.02, retry_most_seconds=0.05
-)
+FAST = FetchSettings(retry_first_seconds=0.02, retry_most_seconds=0.05)
 
 
 @dataclass
@@ -40,6 +38,12 @@ class Bench:
         device = open_device(image.map(), self.arena, self.fetcher, **how)
         self.devices.append(device)
         return device
+
+    def patience(self, seconds: float) -> None:
+        """How long reads wait from now on; the default is long enough for a busy machine."""
+        self.fetcher.settings = replace(
+            self.fetcher.settings, stall_seconds=seconds, attempt_seconds=seconds * 0.8
+        )
 
     async def settled(self) -> None:
         """Returns when the arena has written what reads were answered from meanwhile."""

@@ -11,6 +11,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -155,7 +156,8 @@ async def test_something_else_in_a_files_place(tmp_path: Path, name: str, what: 
     else:
         path.hardlink_to(secret)
     arena = await Arena.open(arena_dir, SMALL)
-    await asyncio.sleep(0.05)
+    while name != "slots" and arena.stats().chunks < 20:
+        await asyncio.sleep(0.001)
     kept = await present(arena, range(20))
     assert kept == (0 if name == "slots" else 20)  # the slots alone are evidence enough
     await fill(arena, range(50, 60))
@@ -190,7 +192,7 @@ async def test_a_disk_that_refuses_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     """H3: full, over quota, read-only or failing: passed through, flagged, and tried again."""
-    arena = await Arena.open(tmp_path, SMALL)
+    arena = await Arena.open(tmp_path, replace(SMALL, retry_seconds=3600))
     await fill(arena, range(10))
     real = SlotFile.write
 
@@ -205,7 +207,7 @@ async def test_a_disk_that_refuses_writes(
     assert await present(arena, range(10)) == 10
     monkeypatch.setattr(SlotFile, "write", real)
     assert await arena.admit([(chunk_digest(data), data)], ahead=False) == 0  # not yet tried
-    await asyncio.sleep(SMALL.retry_seconds)
+    arena._retry_at = 0.0  # an hour later
     assert await arena.admit([(chunk_digest(data), data)], ahead=False) == 1
     assert arena.stats().degraded is None
     assert await present(arena, range(99, 100)) == 1
@@ -480,18 +482,20 @@ async def test_a_smaller_budget_after_a_restart(tmp_path: Path) -> None:
 
 async def test_leases_keep_what_is_not_yet_there_and_run_out(tmp_path: Path) -> None:
     arena = await Arena.open(tmp_path, SMALL)
-    lease = arena.lease((chunk_digest(chunk(n)) for n in range(4)), seconds=0.2)
+    lease = arena.lease(chunk_digest(chunk(n)) for n in range(4))
     await fill(arena, range(4))
     await fill(arena, range(1000, 1600))
     assert await present(arena, range(4)) == 4
-    await asyncio.sleep(0.3)
-    assert arena.stats().leased == 0
+    arena.lease([chunk_digest(chunk(0))], seconds=0.01)
+    lease.release()
+    lease.release()
+    while arena.stats().leased:
+        await asyncio.sleep(0.01)
     for _ in range(4):  # chunks that come back push out those that nobody uses any more
         for number in range(2000, 2400):
             if not arena.holds(chunk_digest(chunk(number))):
                 await fill(arena, range(number, number + 1))
     assert await present(arena, range(4)) == 0
-    lease.release()
     await arena.close()
 
 

@@ -175,9 +175,13 @@ async def test_waits_are_recorded_with_their_cause(bench) -> None:
     b.reader.delay = 0.02
     await asyncio.gather(device.read(0, 10), device.read(20, 10))
     device.observe([(0, 10, False), (20, 10, False)])
+    await b.settled()
+    b.reader.gate = asyncio.Event()
     b.fetcher.request(image.map(), [2], 1)
-    await asyncio.sleep(0.005)
-    await device.read(2 * size, 10)
+    late = asyncio.ensure_future(device.read(2 * size, 10))
+    await asyncio.sleep(0.01)
+    b.reader.gate.set()
+    await late
     await b.settled()
     slot = b.arena.table.find(image.map().digest(0))
     await device.read_copied(0, 10)
@@ -186,6 +190,7 @@ async def test_waits_are_recorded_with_their_cause(bench) -> None:
     await device.read(2 * size, 10)
     await device.read(0, 10)
     b.reader.away = True
+    b.patience(0.6)
     with pytest.raises(DeviceError):
         await device.read(5 * size, 10)
     causes = [wait.cause for wait in watch.waits]

@@ -93,6 +93,7 @@ async def test_the_store_dies_under_the_server(bench, served) -> None:
             errors = []
             for away, block in ((False, 0), (True, 0), (True, 16), (False, 16)):
                 b.reader.away = away
+                b.patience(0.6 if away else 15)
                 raw.send(raw.pack(READ, block * 4096, 4096))
                 reply = raw.reply()
                 errors.append(reply.error)
