@@ -107,25 +107,25 @@ class RealmKeys:
         """The prefix of the packs that were written in a generation."""
         return f"{self.prefix}packs/{generation:08d}/"
 
-    def profile(self, digest: bytes) -> str:
+    def profile(self, digest: bytes, generation: int) -> str:
         """A sealed profile."""
-        return f"{self.prefix}profiles/{digest.hex()}"
+        return f"{self.within(generation)}profiles/{digest.hex()}"
 
-    def boot_table(self, digest: bytes) -> str:
+    def boot_table(self, digest: bytes, generation: int) -> str:
         """A sealed boot table: what a boot pack holds, in order."""
-        return f"{self.prefix}boottables/{digest.hex()}"
+        return f"{self.within(generation)}boottables/{digest.hex()}"
 
-    def boot_pack(self, name: bytes) -> str:
+    def boot_pack(self, name: bytes, generation: int) -> str:
         """A boot pack: a pack that holds copies of chunks in the order of a start."""
-        return f"{self.prefix}bootpacks/{name.hex()}"
+        return f"{self.within(generation)}bootpacks/{name.hex()}"
 
-    def start(self, repository: str, image: str) -> str:
+    def start(self, repository: str, image: str, generation: int) -> str:
         """The mutable record of what is known of one image's start."""
-        return f"{self.starts_of(repository)}{image.replace(':', '-')}.json"
+        return f"{self.starts_of(repository, generation)}{image.replace(':', '-')}.json"
 
-    def starts_of(self, repository: str) -> str:
+    def starts_of(self, repository: str, generation: int) -> str:
         """The prefix of the start records of one repository's images."""
-        return f"{self.prefix}starts/{_segment(repository)}/"
+        return f"{self.within(generation)}starts/{_segment(repository)}/"
 
     def alias(self, repository: str, tag: str) -> str:
         """A mutable name; repository and tag are each escaped into one key segment."""

@@ -55,7 +55,13 @@ class BootBuilder:
         self._local = local
 
     async def build(
-        self, image: ImageMap, block_image: bytes, profile: bytes, ordinals: Sequence[int]
+        self,
+        image: ImageMap,
+        ordinals: Sequence[int],
+        *,
+        block_image: bytes,
+        profile: bytes,
+        generation: int,
     ) -> BootTable | None:
         """Stores the pack and returns its table; None where nothing is to be packed.
 
@@ -78,7 +84,7 @@ class BootBuilder:
                 await asyncio.to_thread(_append, path, body)
             tail, name = writer.finish()
             await asyncio.to_thread(_append, path, tail)
-            await self._store.put(self._keys.boot_pack(name), path)
+            await self._store.put(self._keys.boot_pack(name, generation), path)
         finally:
             await asyncio.to_thread(_remove, path)
         return BootTable(block_image, profile, name, writer.length, writer.entries)
@@ -100,10 +106,10 @@ class BootBuilder:
             body = await self._reader.read(key, get.offset, get.length, priority=Priority.FILL)
             members = [missing[number] for number in get.members]
             wanted = [Wanted(image.location(n), image.length(n), image.digest(n)) for n in members]
-            plain = await asyncio.to_thread(decode_all, body, get.offset, wanted)
-            for ordinal, chunk, plaintext in zip(members, wanted, plain, strict=True):
-                if isinstance(plaintext, Corrupt):
-                    raise plaintext
+            decoded = await asyncio.to_thread(decode_all, body, get.offset, wanted)
+            for ordinal, chunk, outcome in zip(members, wanted, decoded, strict=True):
+                if isinstance(outcome, Corrupt):
+                    raise outcome
                 start = chunk.location.offset - get.offset
                 stored = body[start : start + chunk.location.stored_length]
                 found[ordinal] = _Encoded(
