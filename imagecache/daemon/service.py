@@ -72,7 +72,13 @@ class Service:
         self.catalog = Catalog(opened.store, settings.realm)
         self.objects = ObjectCache(settings.state_dir / "objects", opened.store)
         self.fetcher = Fetcher(
-            opened.reader, arena, FetchSettings(stall_seconds=settings.cache.stall_seconds)
+            opened.reader,
+            arena,
+            FetchSettings(
+                stall_seconds=settings.cache.stall_seconds,
+                # What queues inside the reader cannot be overtaken: ask for no more than it serves.
+                demand_gets=8 if settings.store_url.startswith("file:") else 32,
+            ),
         )
         self.jobs = JobQueue(self._build)
         self.nbd = Server(limits=Limits())
