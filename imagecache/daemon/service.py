@@ -324,6 +324,7 @@ class Service:
                 await self._detach(export)
         await self.fetcher.close()
         await self.arena.close()
+        await self.objects.close()
         await self.opened.close()
 
 
