@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from imagecache.errors import CubecacheError, NotFound, Unavailable
-from imagecache.store.base import ObjectStat, Priority, RangeReader, Store
+from imagecache.store.base import ObjectStat, Priority, RangePastEnd, RangeReader, Store
 from imagecache.store.counters import ClassCounters
 from imagecache.store.policy import RetryBudget, RetryPolicy, retryable
 
@@ -75,7 +75,8 @@ class RetryReader:
             ) from last
 
     def _again(self, error: CubecacheError, attempt: int) -> bool:
-        if isinstance(error, NotFound):
+        if isinstance(error, NotFound | RangePastEnd):
+            # Both are final from a store in order, and passing from one that lags or lies.
             return attempt < self._policy.not_found_attempts and self._budget.spend()
         return retryable(error) and attempt < self._policy.attempts and self._budget.spend()
 

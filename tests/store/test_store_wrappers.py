@@ -84,7 +84,7 @@ async def test_retries_mask_passing_faults() -> None:
 
 
 async def test_what_is_not_retried() -> None:
-    """G11: a refusal and a range past the end are final; a 404 is after three."""
+    """G11: a refusal is final; a 404 and a range past the end are after three attempts."""
     for letters, error, asked in [
         ("d.", Denied, 1),
         ("nnn.", NotFound, 3),
@@ -94,8 +94,10 @@ async def test_what_is_not_retried() -> None:
         with pytest.raises(error):
             await retrying(reader, Sleeps()).read("r/pack", 5, 50, priority=DEMAND)
         assert reader._script.calls == asked
+    reader = faulty("")
     with pytest.raises(RangePastEnd):
-        await retrying(faulty(""), Sleeps()).read("r/pack", 9_999, 2, priority=DEMAND)
+        await retrying(reader, Sleeps()).read("r/pack", 9_999, 2, priority=DEMAND)
+    assert reader._script.calls == 3
 
 
 async def test_retry_after_is_obeyed_up_to_its_cap() -> None:
