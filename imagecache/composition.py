@@ -9,12 +9,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from imagecache.blockimage.manifest import Face, canonical_options
 from imagecache.build.pipeline import Builder, BuildSettings
 from imagecache.build.progress import BuildResult, Report
 from imagecache.build.spool import Spool, builder_lock
 from imagecache.catalog import AliasName, Catalog
-from imagecache.errors import Denied, UsageError
+from imagecache.errors import Denied
+from imagecache.facechoice import FaceChoice
 from imagecache.oci.credentials import docker_config_path
 from imagecache.oci.platform import host_platform, parse_platform
 from imagecache.oci.reference import Reference, RegistryReference, parse_reference
@@ -24,12 +24,10 @@ from imagecache.settings import Settings
 from imagecache.store.open import OpenedStore, open_store
 from imagecache.store.settings import StoreSettings
 
-DEFAULT_OPTIONS = canonical_options({})
-
 
 @dataclass(frozen=True, slots=True)
 class ImageRequest:
-    """Which image, for which platform, in which face; texts as a user writes them."""
+    """Which image, for which platform, in which face (a `FaceChoice`'s text)."""
 
     reference: str
     platform: str | None = None
@@ -40,16 +38,8 @@ class ImageRequest:
         """Checks the texts and makes paths absolute, so that another process can be handed it."""
         if platform is not None:
             parse_platform(platform)
-        parse_face(face)
-        return cls(parse_reference(text, base=Path.cwd()).canonical, platform, face)
-
-
-def parse_face(name: str) -> Face:
-    """The face of that name; raises UsageError."""
-    try:
-        return Face.parse(name)
-    except KeyError:
-        raise UsageError(f"{name!r} is not a face", remedy="use --fs erofs or --fs ext4") from None
+        choice = FaceChoice.parse(face)
+        return cls(parse_reference(text, base=Path.cwd()).canonical, platform, str(choice))
 
 
 def alias_name(reference: Reference) -> AliasName:
@@ -108,6 +98,7 @@ async def build_image(
 ) -> BuildResult:
     """Builds one image under the state directory's builder lock; Busy where another build runs."""
     reference = parse_reference(request.reference)
+    choice = FaceChoice.parse(request.face)
     platform = parse_platform(request.platform) if request.platform else host_platform()
     await asyncio.to_thread(prepare_state_dir, settings)
     builder = Builder(
@@ -125,8 +116,8 @@ async def build_image(
             return await builder.build(
                 source,
                 platform,
-                face=parse_face(request.face),
-                options=DEFAULT_OPTIONS,
+                face=choice.face,
+                options=choice.options,
                 alias=alias_name(reference),
                 report=report,
             )

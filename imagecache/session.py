@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 import click
 
-from imagecache.settings import Settings, load_settings
+from imagecache.facechoice import FaceChoice
+from imagecache.settings import Settings, load_settings, parse_size
 from imagecache.terminal import Terminal
 
 __all__ = [
@@ -74,16 +75,23 @@ def platform_option(command: F) -> F:
 
 
 def face_option(command: F) -> F:
-    """Adds `--fs`."""
-    option = click.option(
+    """Adds `--fs` and `--free`; the command is given `face`, a `FaceChoice`'s text."""
+
+    @click.option(
         "--fs",
-        "face",
         type=click.Choice(["erofs", "ext4"]),
         default="erofs",
         show_default=True,
         help="The file system of the block image.",
     )
-    return option(command)
+    @click.option("--free", metavar="SIZE", help="Room for writing on an ext4 disk, as in 4GiB.")
+    @functools.wraps(command)
+    def wrapped(*args: Any, fs: str, free: str | None, **kwargs: Any) -> Any:
+        room = parse_size(free, "--free") if free else 0
+        choice = FaceChoice.parse(f"{fs}:free={room}" if room else fs)
+        return command(*args, face=str(choice), **kwargs)
+
+    return wrapped  # type: ignore[return-value]  # the wrapper keeps the command's shape
 
 
 def fill_option(command: F) -> F:

@@ -5,6 +5,7 @@ Runs in a worker process: a merge of many files costs seconds of one core.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,8 @@ from imagecache.blockimage.manifest import BlockManifest, Face, PlacedLayer
 from imagecache.build.chunksink import ChunkSink, FinishedPack
 from imagecache.chunks import BLOCK, MAX_CHUNK_BYTES
 from imagecache.chunks.cut import squeeze
-from imagecache.errors import UsageError
 from imagecache.faces.erofs import write_erofs
+from imagecache.faces.ext4 import write_ext4
 from imagecache.faces.plan import MetadataRegion
 from imagecache.flatten.filetable import FileTable
 from imagecache.flatten.limits import Limits
@@ -53,7 +54,7 @@ def assemble(
     `known` must hold every chunk of the layers. Raises Rejected where the tree breaks a limit.
     """
     tables = [FileTable.decode(index.file_table, limits) for index, _ in layers]
-    region = write_face(merge(tables), face)
+    region = write_face(merge(tables), face, options)
     plan = region.plan
     sink = ChunkSink(directory, known, announce, generation=generation, level=level)
     laid = []
@@ -89,8 +90,9 @@ def assemble(
     return AssembledImage(manifest, locations.encode(), sink.new_chunks, sink.stored_bytes)
 
 
-def write_face(tree: Tree, face: Face) -> MetadataRegion:
-    """The metadata region of a tree in one face."""
+def write_face(tree: Tree, face: Face, options: str) -> MetadataRegion:
+    """The metadata region of a tree in one face; `options` as in the block manifest."""
     if face is Face.EROFS:
         return write_erofs(tree)
-    raise UsageError(f"face {face.name.lower()} cannot be written yet", remedy="use --fs erofs")
+    free_bytes = json.loads(options).get("free_bytes", 0)
+    return write_ext4(tree, free_blocks=free_bytes // BLOCK)

@@ -10,11 +10,11 @@ from typing import Any
 import click
 
 from imagecache.blockimage.keys import ImageKey
-from imagecache.blockimage.manifest import Face
 from imagecache.blockimage.records import AliasRecord, RootRecord
 from imagecache.catalog import Catalog
-from imagecache.composition import DEFAULT_OPTIONS, alias_name, opened_catalog
+from imagecache.composition import alias_name, opened_catalog
 from imagecache.errors import NotFound
+from imagecache.facechoice import FaceChoice
 from imagecache.oci.reference import parse_reference
 from imagecache.session import Session, json_option
 from imagecache.terminal import size_text, table_text
@@ -22,7 +22,7 @@ from imagecache.terminal import size_text, table_text
 _DIGEST = re.compile(r"(?:sha256:)?[0-9a-f]{8,64}")
 
 
-async def find_root(catalog: Catalog, image: str, face: Face) -> RootRecord:
+async def find_root(catalog: Catalog, image: str, choice: FaceChoice) -> RootRecord:
     """The root behind a reference, a manifest digest or the start of one; NotFound, UsageError."""
     name: Any = image if _DIGEST.fullmatch(image) else None
     if name is None:
@@ -34,7 +34,7 @@ async def find_root(catalog: Catalog, image: str, face: Face) -> RootRecord:
             f"image {image} is not in realm {catalog.keys.realm}",
             remedy=f"cubecache preload {image}",
         ) from error
-    return await catalog.find_root(ImageKey(digest, face, DEFAULT_OPTIONS))
+    return await catalog.find_root(ImageKey(digest, choice.face, choice.options))
 
 
 @click.command(epilog="\b\nExamples:\n  cubecache images\n  cubecache images --json")

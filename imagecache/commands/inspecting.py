@@ -13,8 +13,9 @@ from imagecache.blockimage.records import RootRecord
 from imagecache.catalog import Catalog
 from imagecache.chunks import BLOCK
 from imagecache.commands.images import find_root
-from imagecache.composition import opened_catalog, parse_face
+from imagecache.composition import opened_catalog
 from imagecache.errors import UsageError
+from imagecache.facechoice import FaceChoice
 from imagecache.flatten import kinds
 from imagecache.flatten.filetable import FileTable
 from imagecache.flatten.limits import Limits
@@ -122,7 +123,7 @@ def inspect(session: Session, *, image: str, path: str | None, face: str) -> Non
 
     async def gather() -> dict[str, Any]:
         async with opened_catalog(session.settings) as (_, catalog):
-            root = await find_root(catalog, image, parse_face(face))
+            root = await find_root(catalog, image, FaceChoice.parse(face))
             if path is None:
                 return await _describe(catalog, root)
             view = await load_view(catalog, root)
@@ -167,7 +168,7 @@ def diff(session: Session, *, before: str, after: str, face: str) -> None:
         async with opened_catalog(session.settings) as (_, catalog):
             views, tables = [], []
             for image in (before, after):
-                root = await find_root(catalog, image, parse_face(face))
+                root = await find_root(catalog, image, FaceChoice.parse(face))
                 views.append(await load_view(catalog, root))
                 tables.append(await catalog.location_table(root))
             if views[0].manifest.face != views[1].manifest.face:

@@ -16,10 +16,10 @@ from imagecache.composition import (
     ImageRequest,
     build_image,
     opened_catalog,
-    parse_face,
     prepare_state_dir,
 )
 from imagecache.errors import Corrupt, NotFound
+from imagecache.facechoice import FaceChoice
 from imagecache.oci.reference import RegistryReference, parse_reference
 from imagecache.session import Session, face_option, json_option
 from imagecache.terminal import size_text
@@ -50,7 +50,7 @@ def verify(session: Session, *, image: str, rebuild: bool, face: str) -> None:
 
     async def check() -> dict[str, Any]:
         async with opened_catalog(session.settings) as (opened, catalog):
-            root = await find_root(catalog, image, parse_face(face))
+            root = await find_root(catalog, image, FaceChoice.parse(face))
             manifest = await catalog.block_manifest(root)
             locations = await catalog.location_table(root)
             verifier = Verifier(catalog, opened.reader, manifest, locations)
@@ -84,7 +84,7 @@ def verify(session: Session, *, image: str, rebuild: bool, face: str) -> None:
 async def _rebuild(session: Session, image: str, face: str) -> dict[str, Any]:
     settings = session.settings
     async with opened_catalog(settings) as (_, catalog):
-        root = await find_root(catalog, image, parse_face(face))
+        root = await find_root(catalog, image, FaceChoice.parse(face))
         sources = [alias.name for alias in await catalog.aliases() if alias.image == root.image]
     if not sources:
         raise NotFound(

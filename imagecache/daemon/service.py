@@ -28,16 +28,15 @@ from imagecache.cache.objects import ObjectCache
 from imagecache.cache.settings import ArenaSettings, FetchSettings, Integrity
 from imagecache.catalog import Catalog
 from imagecache.composition import (
-    DEFAULT_OPTIONS,
     ImageRequest,
     alias_name,
     build_image,
-    parse_face,
     prepare_state_dir,
 )
 from imagecache.daemon.exports import ExportView, LiveExport
 from imagecache.daemon.exporttable import ExportRecord, ExportTable
 from imagecache.errors import Busy, CubecacheError, NotFound, Unavailable, UsageError
+from imagecache.facechoice import FaceChoice
 from imagecache.oci.config import parse_config
 from imagecache.oci.reference import parse_reference
 from imagecache.settings import FILLS, Settings
@@ -208,7 +207,8 @@ class Service:
     async def _root(self, image: ImageRequest) -> RootRecord:
         reference = parse_reference(image.reference)
         digest = await self.catalog.resolve_name(alias_name(reference))
-        key = ImageKey(digest, parse_face(image.face), DEFAULT_OPTIONS)
+        choice = FaceChoice.parse(image.face)
+        key = ImageKey(digest, choice.face, choice.options)
         return await self.catalog.find_root(key)
 
     async def _run_config(self, root: RootRecord) -> str:

@@ -9,8 +9,8 @@ import nbd
 import pytest
 
 from imagecache.blockimage.keys import ImageKey
-from imagecache.blockimage.manifest import Face
-from imagecache.composition import DEFAULT_OPTIONS, ImageRequest
+from imagecache.blockimage.manifest import Face, canonical_options
+from imagecache.composition import ImageRequest
 from imagecache.daemon.service import ExportRequest, Service
 from imagecache.errors import Busy, NotFound, UsageError
 from imagecache.flatten.filetable import FileTable
@@ -50,7 +50,7 @@ async def refused(uri: str) -> bool:
 
 async def view_of(service: Service, image: str) -> ImageView:
     export = await service.export(request(image))
-    key = ImageKey(export.record.image, Face.EROFS, DEFAULT_OPTIONS)
+    key = ImageKey(export.record.image, Face.EROFS, canonical_options({}))
     root = await service.catalog.find_root(key)
     manifest = await service.catalog.block_manifest(root)
     tables = [
