@@ -6,6 +6,7 @@ bytes of a device are never touched here.
 """
 
 import asyncio
+import errno
 import logging
 import mmap
 from collections.abc import Callable, Sequence
@@ -460,7 +461,9 @@ class Connection:
     async def _read(self, request: Request) -> Sequence[Buffer]:
         buffers = await self.device.read(request.offset, request.length)
         if self.stream.copies:
-            return (await self.device.read_copied(request.offset, request.length),)
+            buffers = (await self.device.read_copied(request.offset, request.length),)
+        if sum(map(len, buffers)) != request.length:
+            raise DeviceError(errno.EIO, "a read came back short")
         return buffers
 
     def _fail(self, request: Request, error: int, message: str = "") -> None:

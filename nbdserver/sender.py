@@ -222,6 +222,8 @@ class Sender:
             try:
                 async with asyncio.timeout(self._limits.request_seconds):
                     copy = await self._device.read_copied(reply.offset, reply.length)
+                if len(copy) != reply.length:
+                    raise DeviceError(errno.EIO, "a copy came back short")
             except (DeviceError, TimeoutError) as failure:
                 if reply.sent:
                     # The header promised data: only right bytes or a closed connection may follow.

@@ -106,6 +106,9 @@ class RequestLayout:
             buffers = try_read(offset, length)
             if buffers is None:
                 break
+            size_read = len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers))
+            if size_read != length:
+                break  # A device's mistake: the slow path answers an error.
             if mode == 0:
                 append(SIMPLE_OK + cookie)
                 total += 16 + length

@@ -92,7 +92,7 @@ def test_fault_scripts():
 
 @pytest.mark.parametrize("framing", [{}, {"structured": True}, {"extended": True}])
 def test_fault_device(tmp_path, framing):
-    """Errors, short and late answers of a device: EIO or right bytes; `corrupt` does what it says."""
+    """Errors, short and late answers of a device: EIO or right bytes; `corrupt` flips a bit."""
     disk = MemoryDevice()
     script = "ok error:EIO error:ENOSPC short delay:0.05 corrupt ok*2 error:EROFS short ok"
     with ServerThread(tmp_path / "s", FaultyDevice(disk, script)) as running:
