@@ -110,6 +110,8 @@ class GuestProcess:
         self.stdout = OutputStream(link, identity, Stream.STDOUT)
         self.stderr = OutputStream(link, identity, Stream.STDERR)
         self.exited: asyncio.Future[ProcessExit] = asyncio.get_running_loop().create_future()
+        # The guest knows the process from here on; frames for it that come earlier are ignored.
+        self.started = asyncio.Event()
         self._link = link
         self._input_credit = INPUT_WINDOW
         self._granted = asyncio.Event()
@@ -120,7 +122,8 @@ class GuestProcess:
         self._link.send(FrameType.SIGNAL, process=self.id, payload=payload)
 
     async def write_input(self, content: bytes) -> None:
-        """Feeds stdin, waiting while the program does not read."""
+        """Feeds stdin, waiting until the program runs and while it does not read."""
+        await self.started.wait()
         at = 0
         while at < len(content):
             if self._input_credit == 0:
@@ -133,8 +136,9 @@ class GuestProcess:
             self._link.send(FrameType.DATA, stream=Stream.STDIN, process=self.id, payload=piece)
             at += size
 
-    def end_input(self) -> None:
+    async def end_input(self) -> None:
         """Closes stdin after what was written."""
+        await self.started.wait()
         self._link.send(FrameType.END, stream=Stream.STDIN, process=self.id)
 
     def accept(self, frame: Frame) -> None:
@@ -162,6 +166,7 @@ class GuestProcess:
         """The channel is gone: ends the streams."""
         self.stdout.end()
         self.stderr.end()
+        self.started.set()
         self._input_credit = 1 << 62  # a writer that waits must find out that nobody listens
         self._granted.set()
 
@@ -217,6 +222,8 @@ class GuestLink:
         elif frame.type == FrameType.EVENT:
             name = words(frame.payload).get(Key.NAME, "")[:64]
             self._mark(name, frame, arrived)
+            if name == "exec" and frame.process in self.processes:
+                self.processes[frame.process].started.set()
         elif frame.type == FrameType.LOG:
             self.log.append(printable(frame.payload)[:1000])
         elif frame.type == FrameType.FAILED:

@@ -14,7 +14,7 @@ from typing import Final
 
 from cube.configdisk import GuestConfig
 from cube.container import ContainerSpec, ImageDefaults, Overrides, check_hostname, compose
-from cube.errors import MachineFailed
+from cube.errors import MachineFailed, Overdue
 from cube.frames import INPUT_WINDOW
 from cube.guest.assets import ensure_guest
 from cube.link import GuestProcess, OutputStream, ProcessExit
@@ -46,7 +46,7 @@ class RunSettings:
     cpus: int = 1
     kernel: Path | None = None
     initrd: Path | None = None
-    seconds: float | None = None  # for the program, from the machine's start
+    seconds: float | None = None  # until the program must have ended, from the start of its machine
     hostname: str = ""
 
 
@@ -98,7 +98,13 @@ async def run_image(
         process = sandbox.link.processes[container.id]
         async with _forwarded_signals(sandbox, process) as stopped_by:
             try:
-                ended = await _follow(sandbox, process, settings, streams)
+                async with asyncio.timeout(settings.seconds):
+                    ended = await _follow(sandbox, process, streams)
+            except TimeoutError as error:
+                raise Overdue(
+                    f"the program did not end within {settings.seconds:g} seconds",
+                    remedy="raise --timeout",
+                ) from error
             except MachineFailed:
                 if not stopped_by:
                     raise
@@ -122,7 +128,6 @@ def guest_config(
 async def _follow(
     sandbox: Sandbox,
     process: GuestProcess,
-    settings: RunSettings,
     streams: Streams,
 ) -> ProcessExit:
     copies = [
@@ -132,7 +137,7 @@ async def _follow(
     feeding = None
     if streams.stdin is not None:
         feeding = asyncio.create_task(_feed(process, streams.stdin))
-    waiting = asyncio.create_task(_exit_of(sandbox, process, settings.seconds))
+    waiting = asyncio.create_task(_exit_of(sandbox, process))
     try:
         # A copy ends early only by failing: then there is no use in waiting for the program.
         await asyncio.wait({waiting, *copies}, return_when=asyncio.FIRST_EXCEPTION)
@@ -152,12 +157,9 @@ async def _follow(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _exit_of(sandbox: Sandbox, process: GuestProcess, seconds: float | None) -> ProcessExit:
-    loop = asyncio.get_running_loop()
-    begun = loop.time()
+async def _exit_of(sandbox: Sandbox, process: GuestProcess) -> ProcessExit:
     await sandbox.booted()
-    left = None if seconds is None else max(0.0, seconds - (loop.time() - begun))
-    return await sandbox.exit_of(process, seconds=left)
+    return await sandbox.exit_of(process)
 
 
 async def _copy(source: OutputStream, descriptor: int) -> None:
@@ -183,10 +185,10 @@ async def _feed(process: GuestProcess, descriptor: int) -> None:
             if not content:
                 break
             await process.write_input(content)
+        await process.end_input()
     finally:
         if waits:
             loop.remove_reader(descriptor)
-        process.end_input()
 
 
 def _write_all(descriptor: int, content: bytes) -> None:
@@ -206,7 +208,7 @@ async def _forwarded_signals(sandbox: Sandbox, process: GuestProcess) -> AsyncIt
     stopping: set[asyncio.Task[None]] = set()
 
     def handle(number: signal.Signals) -> None:
-        ready = any(mark.name == "exec" for mark in sandbox.link.marks)
+        ready = process.started.is_set()
         if number == signal.SIGHUP or number in forwarded or not ready:
             stopped_by.append(number)
             stopping.add(asyncio.create_task(sandbox.machine.stop()))
