@@ -8,7 +8,7 @@ names behind them; only the last block may be an inline tail of the inode.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from imagecache.faces.erofs_inodes import (
     BLOCK,
@@ -16,28 +16,26 @@ from imagecache.faces.erofs_inodes import (
     FLAT_PLAIN,
     Attributes,
     pack_inode,
+    padded_blocks,
     place,
     xattr_count,
 )
-from imagecache.flatten.tree import Directory
 
 _DIRENT = struct.Struct("<QHBB")
 DIRENT = 12
+MIN_SLOT = 256
 
 
 class DirectoryShape:
     """How one directory's names fall into blocks; fixed by the names alone."""
 
-    __slots__ = ("blocks", "body", "names", "offset", "subdirectories", "tail")
+    __slots__ = ("blocks", "body", "names", "offset", "tail")
 
-    def __init__(self, directory: Directory, body: bytes) -> None:
-        """`body`: its packed inline xattrs."""
+    def __init__(self, children: Iterable[bytes], body: bytes) -> None:
+        """`children`: its names; `body`: its packed inline xattrs."""
         self.body = body
         self.offset = 0  # of the inode in its section
-        self.subdirectories = sum(
-            isinstance(child, Directory) for child in directory.children.values()
-        )
-        names = [b".", b"..", *directory.children]
+        names = [b".", b"..", *children]
         names.sort()
         self.names = [names]  # one list for each block
         used = DIRENT * len(names) + sum(map(len, names))
@@ -89,22 +87,45 @@ class DirectorySection:
         self.root_is_inline = root_is_inline
         self._blocks += root.blocks + (not root_is_inline)
 
-    def add(self, shape: DirectoryShape, attributes: Attributes) -> int:
-        """Place one directory; the offset of its inode in this section."""
+    def begin_group(self) -> None:
+        """Leave room behind the directories so far, so that they may grow without moving others."""
+        self._end = padded_blocks(-(-self._end // BLOCK)) * BLOCK
+
+    def add(self, shape: DirectoryShape, attributes: Attributes, *, roomy: bool) -> int:
+        """Place one directory; the offset of its inode in this section.
+
+        A `roomy` one (which layers share, and so often change) gets a slot of a power of two, and
+        keeps the ones behind it in place while it grows inside.
+        """
         core = 32 if attributes.is_compact() else 64
         inline = shape.inline(core)
-        whole = core + len(shape.body) + (shape.tail if inline else 0)
-        shape.offset = place(self._end, whole, core)
-        self._end = shape.offset + whole
+        self._take(shape, core, inline=inline, roomy=roomy)
         self._shapes.append((shape, inline))
         self._first_block.append(self._blocks)
         self._blocks += shape.blocks + (not inline)
         return shape.offset
 
+    def leave_out(self, shape: DirectoryShape, attributes: Attributes) -> None:
+        """Leave the place of a directory that stands elsewhere, so that others keep theirs."""
+        core = 32 if attributes.is_compact() else 64
+        inline = shape.inline(core)
+        self._take(shape, core, inline=inline, roomy=False)
+        self._blocks += shape.blocks + (not inline)
+
+    def _take(self, shape: DirectoryShape, core: int, *, inline: bool, roomy: bool) -> None:
+        whole = core + len(shape.body) + (shape.tail if inline else 0)
+        taken = whole
+        if roomy and whole <= BLOCK:
+            taken = min(BLOCK, max(MIN_SLOT, 1 << (whole + whole // 8).bit_length()))
+            shape.offset = -(-self._end // taken) * taken
+        else:
+            shape.offset = place(self._end, whole, core)
+        self._end = shape.offset + taken
+
     @property
     def inode_blocks(self) -> int:
         """Blocks of inodes, before the entry blocks."""
-        return -(-self._end // BLOCK)
+        return padded_blocks(-(-self._end // BLOCK))
 
     @property
     def blocks(self) -> int:

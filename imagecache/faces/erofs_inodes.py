@@ -131,6 +131,15 @@ def device_word(rdev: int) -> int:
     return minor & 0xFF | major << 8 | (minor & ~0xFF) << 12
 
 
+def padded_blocks(blocks: int) -> int:
+    """A part's blocks with up to an eighth of slack, in steps of 8 blocks or a power of two.
+
+    What follows then keeps its place while the part grows a little; zero blocks cost nothing.
+    """
+    step = max(8, 1 << max(blocks // 8, 1).bit_length() - 1)
+    return -(-blocks // step) * step
+
+
 def place(offset: int, whole: int, core: int) -> int:
     """The slot at or after `offset` for an inode of `whole` bytes (core, xattrs, inline tail).
 
@@ -182,7 +191,7 @@ class LayerSection:
             self.offsets[inode] = end
             end += whole
         self._inode_blocks = -(-end // BLOCK)
-        self.blocks = self._inode_blocks + len(self._long_symlinks)
+        self.blocks = padded_blocks(self._inode_blocks + len(self._long_symlinks))
 
     def _is_compact(self, inode: int, links: int) -> bool:
         table = self._table

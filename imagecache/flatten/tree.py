@@ -25,14 +25,24 @@ class Directory:
     """A merged directory: children by name are directories or global inode numbers.
 
     `inode` is the global number of the inode whose attributes it has, or -1: 0755 root:root,
-    modified at the epoch (no tar entry described it).
+    modified at the epoch (no tar entry described it). `made` is the layer that made it, as
+    its table's entry `entry`; `shared` is the first other layer that changed its names or
+    attributes, or -1.
     """
 
-    __slots__ = ("children", "inode")
+    __slots__ = ("children", "entry", "inode", "made", "shared")
 
-    def __init__(self) -> None:
+    def __init__(self, layer: int, entry: int) -> None:
         self.children: dict[bytes, Directory | int] = {}
         self.inode = -1
+        self.made = layer
+        self.entry = entry
+        self.shared = -1
+
+    def touch(self, layer: int) -> None:
+        """Note that a layer changed it."""
+        if self.shared < 0 and layer != self.made:
+            self.shared = layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +112,7 @@ def merge(tables: Sequence[FileTable]) -> Tree:
     """
     bases = array("I")
     total = 0
-    root = Directory()
+    root = Directory(0, 0)
     for layer, table in enumerate(tables):
         bases.append(total)
         _apply(root, table, tables, bases, layer)
@@ -130,14 +140,15 @@ def _apply(
 ) -> None:
     lower = [_lower_inode(root, path, tables, bases, layer) for path in table.lower_links]
     for path in table.whiteouts:
-        above, _, name = path.rpartition(b"/")
-        directory = _directory_at(root, above)
-        if directory is not None:
-            directory.children.pop(name, None)
+        parent_path, _, name = path.rpartition(b"/")
+        directory = _directory_at(root, parent_path)
+        if directory is not None and directory.children.pop(name, None) is not None:
+            directory.touch(layer)
     for path in table.opaques:
         directory = _directory_at(root, path)
-        if directory is not None:
+        if directory is not None and directory.children:
             directory.children.clear()
+            directory.touch(layer)
     count = table.inode_count
     base = bases[layer]
     mode = table.mode
@@ -150,21 +161,29 @@ def _apply(
         name = names[start:end]
         start = end
         if inode < count and mode[inode] >> 12 != kinds.DIRECTORY:
-            directories[parent].children[name] = base + inode
+            above = directories[parent]
+            above.children[name] = base + inode
+            if above.made != layer:
+                above.touch(layer)
         elif inode != IMPLICIT and inode >= count:
-            directories[parent].children[name] = lower[inode - count]
+            above = directories[parent]
+            above.children[name] = lower[inode - count]
+            if above.made != layer:
+                above.touch(layer)
         else:
             if entry:
-                siblings = directories[parent].children
-                found = siblings.get(name)
+                above = directories[parent]
+                found = above.children.get(name)
                 if isinstance(found, Directory):
                     here = found
                 else:
-                    here = siblings[name] = Directory()
+                    here = above.children[name] = Directory(layer, entry)
+                    above.touch(layer)
             else:
                 here = root
             if inode != IMPLICIT:
                 here.inode = base + inode
+                here.touch(layer)
             directories[entry] = here
 
 

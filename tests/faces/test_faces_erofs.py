@@ -140,5 +140,5 @@ def test_epoch_files_are_compact(tmp_path: Path) -> None:
     layer.file(b"large-id", b"c", mtime=0, uid=65536).symlink(b"l", b"t" * 70, mtime=0)
     layer.device(b"dev", b"4", 8, 300, mtime=0)
     tree, _ = flatten(layer.bytes())
-    assert len(write_erofs(tree).sections[1]) <= 4 * 4096
+    assert len(write_erofs(tree).sections[1].rstrip(b"\0")) <= 3 * 4096
     assert_like_overlayfs([layer.bytes()], tmp_path)
