@@ -448,7 +448,11 @@ class Connection:
                     self.device, self.session, request, payload, max_extents=self._limits.extents
                 )
         except DeviceError as failure:
-            self._fail(request, wire_error(failure.errno), str(failure))
+            # Its errno becomes the protocol's here, at the last hop.
+            fast = request.command == Command.WRITE_ZEROES and bool(
+                request.flags & CommandFlag.FAST_ZERO
+            )
+            self._fail(request, wire_error(failure.errno, fast_zero=fast), str(failure))
         except TimeoutError:
             self._fail(request, EIO, "the device did not answer in time")
         except Exception:

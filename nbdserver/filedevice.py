@@ -123,8 +123,12 @@ class FileDevice(BaseDevice):
             raise DeviceError(failure.errno or errno.EIO) from failure
 
     async def trim(self, offset: int, length: int, *, fua: bool) -> None:
-        """Punch a hole: what was trimmed reads as zeros."""
-        await asyncio.to_thread(self._zero_now, offset, length, fua, True)
+        """Punch a hole: what was trimmed reads as zeros (or stays, where there are no holes)."""
+        try:
+            await asyncio.to_thread(self._zero_now, offset, length, fua, True)
+        except DeviceError as failure:
+            if failure.errno != errno.EOPNOTSUPP:
+                raise
 
     async def write_zeroes(
         self, offset: int, length: int, *, fua: bool, no_hole: bool, fast: bool

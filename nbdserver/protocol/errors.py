@@ -7,7 +7,6 @@ EIO = 5
 ENOMEM = 12
 EINVAL = 22
 ENOSPC = 28
-EOVERFLOW = 75
 ENOTSUP = 95
 ESHUTDOWN = 108
 
@@ -21,14 +20,19 @@ _WIRE = {
     errno.ENOSPC: ENOSPC,
     errno.EDQUOT: ENOSPC,
     errno.EFBIG: ENOSPC,
-    errno.EOVERFLOW: EOVERFLOW,
-    errno.EOPNOTSUPP: ENOTSUP,
+    errno.EOVERFLOW: EINVAL,
+    errno.EOPNOTSUPP: EINVAL,
     errno.ESHUTDOWN: ESHUTDOWN,
 }
 
 
-def wire_error(number: int) -> int:
-    """The protocol's error value for an errno; whatever it has no word for is EIO."""
+def wire_error(number: int, *, fast_zero: bool = False) -> int:
+    """The protocol's error value for an errno; whatever it has no word for is EIO.
+
+    ENOTSUP is kept for what the document keeps it for: a fast zero that would not be fast.
+    """
+    if fast_zero and number == errno.EOPNOTSUPP:
+        return ENOTSUP
     return _WIRE.get(number, EIO)
 
 
