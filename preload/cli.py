@@ -15,11 +15,12 @@ from imagecache.session import Session, face_option, fill_option, json_option, p
 from imagecache.settings import Settings
 from imagecache.terminal import Terminal, size_text, table_text
 from preload.client import answers, connect
+from preload.profiling import explain, prepare_here, profile
 
 
 def register(group: click.Group) -> None:
     """Adds this package's commands."""
-    for command in (preload, export, exports, unexport):
+    for command in (preload, export, exports, unexport, profile, explain):
         group.add_command(command)
 
 
@@ -85,8 +86,10 @@ async def _here(settings: Settings, request: ImageRequest, terminal: Terminal) -
             label += f" layer {progress.layer} of {progress.layers}"
         terminal.progress(label, progress.done_bytes, progress.total_bytes)
 
-    async with opened_catalog(settings) as (_, catalog):
-        return (await build_image(settings, catalog, request, report)).as_json()
+    async with opened_catalog(settings) as (opened, catalog):
+        built = (await build_image(settings, catalog, request, report)).as_json()
+        await prepare_here(settings, opened, catalog, request)
+        return built
 
 
 def _summary(result: dict[str, Any]) -> str:
@@ -106,6 +109,7 @@ def _summary(result: dict[str, Any]) -> str:
 @click.argument("image")
 @click.option("--socket", type=click.Path(path_type=Path), help="A socket of its own for it.")
 @click.option("--name", help="The export's name; default: from the image's.")
+@click.option("--record", is_flag=True, help="Record what the start reads: `cubecache profile`.")
 @platform_option
 @face_option
 @fill_option
@@ -117,6 +121,7 @@ def export(
     image: str,
     socket: Path | None,
     name: str | None,
+    record: bool,
     platform: str | None,
     face: str,
     fill: str | None,
@@ -130,6 +135,7 @@ def export(
                 socket=socket,
                 name=name,
                 fill=fill,
+                record=record,
                 platform=platform,
                 face=face,
                 on_progress=lambda job: show_job(session.terminal, job),

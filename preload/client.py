@@ -110,6 +110,7 @@ class Client:
         socket: Path | None = None,
         name: str | None = None,
         fill: str | None = None,
+        record: bool = False,
         platform: str | None = None,
         face: str = "erofs",
         on_progress: OnProgress = lambda _: None,
@@ -123,6 +124,7 @@ class Client:
             "socket": str(Path.cwd() / socket) if socket else None,
             "name": name,
             "fill": fill,
+            "record": record,
         }
         try:
             answer = await self.call("POST", "/v1/exports", body)
@@ -139,6 +141,23 @@ class Client:
     async def unexport(self, name: str, *, force: bool = False) -> None:
         """Ends an export; Busy while a client is attached, unless forced."""
         await self.call("DELETE", f"/v1/exports/{name}", force=int(force))
+
+    async def explain(self, name: str) -> dict[str, Any]:
+        """The report of an export's start (`imagecache.explain.report`)."""
+        answer: dict[str, Any] = await self.call("GET", f"/v1/exports/{name}/start")
+        return answer
+
+    async def record(self, name: str, seconds: float | None) -> dict[str, Any]:
+        """Begins a recording of what an export reads; Busy where one goes on."""
+        answer: dict[str, Any] = await self.call(
+            "POST", f"/v1/exports/{name}/recording", {"seconds": seconds}
+        )
+        return answer
+
+    async def stop_recording(self, name: str) -> dict[str, Any]:
+        """Ends a recording; its profile and boot pack are stored when this returns."""
+        answer: dict[str, Any] = await self.call("DELETE", f"/v1/exports/{name}/recording")
+        return answer
 
 
 def handle(answer: dict[str, Any]) -> ExportHandle:

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 MAX_BODY = 1 << 20
 MAX_WAIT_SECONDS = 60.0
+MAX_RECORD_SECONDS = 3600.0
 
 # The one table of HTTP statuses; the first row that matches decides.
 HTTP_STATUSES: tuple[tuple[type[CubecacheError], int], ...] = (
@@ -95,6 +96,9 @@ def application(service: Service) -> web.Application:
             web.get("/v1/exports", routes.exports),
             web.post("/v1/exports", routes.export),
             web.delete("/v1/exports/{name}", routes.unexport),
+            web.get("/v1/exports/{name}/start", routes.start),
+            web.post("/v1/exports/{name}/recording", routes.record),
+            web.delete("/v1/exports/{name}/recording", routes.stop_recording),
             web.get("/v1/preloads", routes.preloads),
             web.post("/v1/preloads", routes.preload),
             web.get("/v1/preloads/{id}", routes.preload_state),
@@ -132,10 +136,12 @@ class _Routes:
         body = await _body(
             request,
             {"image": str},
-            {"platform": str, "fs": str, "socket": str, "name": str, "fill": str},
+            {"platform": str, "fs": str, "socket": str, "name": str, "fill": str, "record": bool},
         )
         image = ImageRequest.parse(body["image"], body["platform"], body["fs"] or "erofs")
-        wanted = ExportRequest(image, body["socket"], body["name"], body["fill"])
+        wanted = ExportRequest(
+            image, body["socket"], body["name"], body["fill"], record=bool(body["record"])
+        )
         export = await self._service.export(wanted)
         return web.json_response(export.as_json(), status=201)
 
@@ -143,6 +149,23 @@ class _Routes:
         force = request.query.get("force") == "1"
         await self._service.unexport(request.match_info["name"], force=force)
         return web.Response(status=204)
+
+    async def start(self, request: web.Request) -> web.Response:
+        start = self._service.start_of(request.match_info["name"])
+        return web.json_response(await start.explain())
+
+    async def record(self, request: web.Request) -> web.Response:
+        body = await _body(request, {}, {"seconds": float})
+        seconds = body["seconds"]
+        if seconds is not None and not 0 < seconds <= MAX_RECORD_SECONDS:
+            raise UsageError(f"a recording lasts up to {MAX_RECORD_SECONDS:.0f} seconds")
+        start = self._service.start_of(request.match_info["name"])
+        start.record(seconds)
+        return web.json_response(start.summary(), status=202)
+
+    async def stop_recording(self, request: web.Request) -> web.Response:
+        start = self._service.start_of(request.match_info["name"])
+        return web.json_response(await start.stop_recording())
 
     async def preloads(self, _: web.Request) -> web.Response:
         return web.json_response({"preloads": [x.as_json() for x in self._service.jobs.jobs()]})

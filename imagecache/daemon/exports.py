@@ -13,6 +13,7 @@ from imagecache.cache.device import BlockImageDevice
 from imagecache.cache.fill import Fill
 from imagecache.cache.image import ImageMap
 from imagecache.daemon.exporttable import ExportRecord
+from imagecache.daemon.recording import ExportStart
 from nbdserver.device import Device
 from nbdserver.exports import UnknownExport
 from nbdserver.server import Listener
@@ -27,6 +28,7 @@ class LiveExport:
     image: ImageMap | None = None
     device: BlockImageDevice | None = None
     fill: Fill | None = None
+    start: ExportStart | None = None
     listener: Listener | None = None
     failure: str | None = None
     clients: int = 0
@@ -71,6 +73,7 @@ class LiveExport:
                 "failed": progress.failed,
                 "error": progress.error,
             },
+            "start": None if self.start is None else self.start.summary(),
             "config": json.loads(record.config),
         }
 

@@ -35,10 +35,12 @@ from imagecache.composition import (
 )
 from imagecache.daemon.exports import ExportView, LiveExport
 from imagecache.daemon.exporttable import ExportRecord, ExportTable
+from imagecache.daemon.recording import ExportStart, StartKeeper
 from imagecache.errors import Busy, CubecacheError, NotFound, Unavailable, UsageError
 from imagecache.facechoice import FaceChoice
 from imagecache.oci.config import parse_config
 from imagecache.oci.reference import parse_reference
+from imagecache.profile.prepare import prepare_quietly
 from imagecache.settings import FILLS, Settings
 from imagecache.store.open import OpenedStore, open_store
 from imagecache.store.settings import StoreSettings
@@ -59,6 +61,7 @@ class ExportRequest:
     socket: str | None = None
     name: str | None = None
     fill: str | None = None
+    record: bool = False
 
 
 class Service:
@@ -78,6 +81,14 @@ class Service:
                 # What queues inside the reader cannot be overtaken: ask for no more than it serves.
                 demand_gets=8 if settings.store_url.startswith("file:") else 32,
             ),
+        )
+        self.starts = StartKeeper(
+            self.catalog,
+            self.objects,
+            opened,
+            arena,
+            self.fetcher,
+            scratch=settings.state_dir / "spool" / "boot",
         )
         self.jobs = JobQueue(self._build)
         self.nbd = Server(limits=Limits())
@@ -139,7 +150,18 @@ class Service:
             raise Unavailable(f"cannot listen on {path}: {error.strerror or error}") from error
 
     async def _build(self, request: ImageRequest, report: Report) -> BuildResult:
-        return await build_image(self.settings, self.catalog, request, report)
+        built = await build_image(self.settings, self.catalog, request, report)
+        await self._prepare_start(request)
+        return built
+
+    async def _prepare_start(self, request: ImageRequest) -> None:
+        try:
+            root = await self._root(request)
+            repository = alias_name(parse_reference(request.reference)).repository
+        except CubecacheError as error:
+            logger.warning("no start is prepared for %s: %s", request.reference, error)
+            return
+        await prepare_quietly(self.starts.builder, repository, root)
 
     # --- exports ---
 
@@ -174,7 +196,7 @@ class Service:
                 fill=request.fill or self.settings.cache.fill,
             )
             export = LiveExport(record, self.settings.nbd_socket)
-            await self._attach(export)
+            await self._attach(export, recording=request.record)
             await asyncio.to_thread(self._table.save, record)
             self._live[name] = export
             logger.info("export %s of %s", name, root.image)
@@ -201,7 +223,9 @@ class Service:
                 remedy=f"cubecache unexport {record.name}, or choose another --name",
             )
         if there.device is None:
-            await self._attach(there)
+            await self._attach(there, recording=request.record)
+        elif request.record and there.start is not None:
+            there.start.record(None)
         return there
 
     async def _root(self, image: ImageRequest) -> RootRecord:
@@ -227,7 +251,7 @@ class Service:
             }
         )
 
-    async def _attach(self, export: LiveExport) -> None:
+    async def _attach(self, export: LiveExport, *, recording: bool = False) -> None:
         """Opens the device, its socket and its fill; leaves nothing behind where it raises."""
         record = export.record
         image = await self._image(record)
@@ -250,7 +274,8 @@ class Service:
             mode=mode,
             bytes_per_second=self.settings.cache.fill_bytes_per_second,
         )
-        export.fill.start()
+        export.start = self.starts.begin(record, image, export.fill, recording=recording)
+        export.start.watch_device(export.device)
         export.failure = None
 
     async def _image(self, record: ExportRecord) -> ImageMap:
@@ -269,6 +294,13 @@ class Service:
             )
             self._images[record.block_image] = image
         return image
+
+    def start_of(self, name: str) -> ExportStart:
+        """What is known of one export's start; NotFound."""
+        export = self._live.get(name)
+        if export is None or export.start is None:
+            raise NotFound(f"no export {name!r} is served", remedy="cubecache exports")
+        return export.start
 
     async def unexport(self, name: str, *, force: bool) -> None:
         """Ends an export; Busy while a client is attached, unless forced."""
@@ -294,6 +326,9 @@ class Service:
             export.listener = None
         if export.device is not None:
             await self.nbd.withdraw(export.device)
+        if export.start is not None:
+            await export.start.close()
+            export.start = None
         if export.fill is not None:
             await export.fill.stop()
         if export.device is not None:

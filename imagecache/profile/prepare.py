@@ -8,6 +8,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 from imagecache.blockimage.keys import SealedKind
 from imagecache.blockimage.layerindex import LayerIndex
@@ -34,11 +35,24 @@ log = logging.getLogger(__name__)
 MAX_INDEX = 1 << 30
 
 
+class ImageNames(Protocol):
+    """What names an image's objects; a root record and the daemon's export record both do."""
+
+    @property
+    def image(self) -> str: ...  # manifest digest
+    @property
+    def block_image(self) -> str: ...
+    @property
+    def locations(self) -> str: ...
+    @property
+    def generation(self) -> int: ...
+
+
 @dataclass(frozen=True, slots=True)
 class LoadedImage:
     """One image as start-ups need it: its files, its chunks and where they are."""
 
-    root: RootRecord
+    root: ImageNames
     view: ImageView
     map: ImageMap
     stored_lengths: Sequence[int]
@@ -50,7 +64,7 @@ class LoadedImage:
 
 
 async def load_image(
-    catalog: Catalog, root: RootRecord, get_sealed: GetSealed | None = None
+    catalog: Catalog, root: ImageNames, get_sealed: GetSealed | None = None
 ) -> LoadedImage:
     """An image's manifest, tables and locations; `get_sealed` may answer from a cache."""
 
@@ -74,7 +88,7 @@ async def load_image(
 
 def _loaded(
     catalog: Catalog,
-    root: RootRecord,
+    root: ImageNames,
     manifest: BlockManifest,
     raw_locations: bytes,
     raw_indexes: Sequence[bytes],
