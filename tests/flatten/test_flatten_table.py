@@ -19,8 +19,8 @@ from imagecache.flatten.tree import merge
 pytestmark = pytest.mark.quick
 
 
-COLUMNS = """entry_parent entry_inode names name_ends mode uid gid mtime mtime_ns size extra xattr_set
-symlink_targets xattr_sets lower_links whiteouts opaques links first_entry""".split()
+COLUMNS = """entry_parent entry_inode names name_ends mode uid gid mtime mtime_ns size extra
+xattr_set symlink_targets xattr_sets lower_links whiteouts opaques links first_entry""".split()
 
 
 def small() -> TarLayer:
