@@ -156,6 +156,7 @@ def test_a_layer_that_is_not_its_diff_id_is_refused(cubecache: Cubecache, tmp_pa
 def test_an_index_without_this_platform_says_so(cubecache: Cubecache, tmp_path: Path) -> None:
     """B7, B8: no platform fits: the message lists what there is; attestations do not count."""
     folder = small(tmp_path / "image")
+    edit_config(folder, lambda config: config.update(architecture="s390x"))
     index = json.loads((folder / "index.json").read_bytes())
     inner = {
         "schemaVersion": 2,

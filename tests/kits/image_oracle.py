@@ -18,15 +18,15 @@ def unpack_layer(blob: Path, folder: Path) -> None:
     """Unpacks one layer by itself with GNU tar, whiteouts turned into overlayfs's own marks."""
     folder.mkdir(parents=True)
     with blob.open("rb", buffering=0) as raw:
-        program = {b"\x1f\x8b": "gzip", b"\x28\xb5": "zstd"}.get(raw.read(2), "cat")
+        program = {b"\x1f\x8b": "gzip", b"\x28\xb5": "zstd"}.get(raw.read(2))
         raw.seek(0)
-        command = [program] if program == "cat" else [program, "-dc"]
-        plain = subprocess.Popen(command, stdin=raw, stdout=subprocess.PIPE)
-    command = ["tar", "--extract", "--numeric-owner", "--same-owner", "--preserve-permissions"]
-    command += ["--xattrs", "--xattrs-include=*", "--delay-directory-restore"]
-    command += ["--warning=no-timestamp", "--warning=no-unknown-keyword"]
-    subprocess.run([*command, "--directory", str(folder)], stdin=plain.stdout, check=True)
-    assert plain.wait() == 0
+        command = [program, "-dc"] if program else ["cat"]
+        tar = ["tar", "--extract", "--numeric-owner", "--same-owner", "--preserve-permissions"]
+        tar += ["--xattrs", "--xattrs-include=*", "--delay-directory-restore"]
+        tar += ["--warning=no-timestamp", "--warning=no-unknown-keyword"]
+        with subprocess.Popen(command, stdin=raw, stdout=subprocess.PIPE) as plain:
+            subprocess.run([*tar, "--directory", str(folder)], stdin=plain.stdout, check=True)
+        assert plain.returncode == 0
     mark_whiteouts(os.fsencode(folder))
 
 

@@ -87,6 +87,38 @@ class Cubecache:
         (found,) = self.run("preload", image, "--json").lines()
         return dict(found)
 
+    def interrupted(self, *arguments: str, seconds: float) -> Answer:
+        """Sends a command SIGINT a while after it opened something of its state dir; its end.
+
+        Before that it is Python that starts, and answers a signal in its own way.
+        """
+        child = subprocess.Popen(
+            self.command(*arguments),
+            env=self.full_environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        try:
+            while child.poll() is None and not self._is_open_in(child.pid):
+                time.sleep(0.01)
+            time.sleep(seconds)
+            os.killpg(child.pid, signal.SIGINT)
+            out, err = child.communicate(timeout=60)
+        except BaseException:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.communicate()
+            raise
+        return Answer(child.returncode, out.decode(), err.decode())
+
+    def _is_open_in(self, pid: int) -> bool:
+        try:
+            opened = [os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir()]
+        except OSError:
+            return False
+        return any(path.startswith(str(self.state)) for path in opened)
+
     def serve(self, *arguments: str) -> "Daemon":
         """Starts the daemon and returns when its control socket answers."""
         process = self.stage.start(
@@ -118,27 +150,6 @@ class Daemon:
 
     def crash(self) -> None:
         self.process.kill()
-
-
-def interrupt_after(command: list[str], environment: dict[str, str], seconds: float) -> Answer:
-    """Starts a command, sends it SIGINT after a while, and returns how it ended."""
-    child = subprocess.Popen(
-        command,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
-    try:
-        time.sleep(seconds)
-        os.killpg(child.pid, signal.SIGINT)
-        out, err = child.communicate(timeout=60)
-    except BaseException:
-        os.killpg(child.pid, signal.SIGKILL)
-        child.communicate()
-        raise
-    return Answer(child.returncode, out.decode(), err.decode())
 
 
 def tool(*command: str, expect: int | None = 0, seconds: float = 240) -> Answer:
