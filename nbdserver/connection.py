@@ -8,15 +8,15 @@ bytes of a device are never touched here.
 import asyncio
 import errno
 import logging
-import mmap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 
 from nbdserver.commands import run_command
 from nbdserver.counters import Counters
 from nbdserver.device import Buffer, Device, DeviceError
 from nbdserver.limits import Limits
+from nbdserver.payloads import PayloadPool
 from nbdserver.protocol.constants import Command, CommandFlag, ReplyMode
 from nbdserver.protocol.errors import EINVAL, EIO, ESHUTDOWN, ProtocolViolation, wire_error
 from nbdserver.protocol.replies import encode_done, encode_error
@@ -28,19 +28,20 @@ from nbdserver.streams import Stream
 _log = logging.getLogger(__name__)
 
 _BY_READING = frozenset((Command.READ, Command.BLOCK_STATUS, Command.CACHE))
-_BIG_PAYLOAD = 256 << 10
 _MOST_PATIENCE = 8
 
 
 @dataclass(slots=True)
 class Turn:
-    """Shared by the connections of a loop: who was served last, and how many misses are waited for.
+    """Shared by the connections of a loop: who was served last, how many misses are waited for,
+    and memory for large payloads.
 
     A connection lingers on its socket only when nobody else could be kept waiting.
     """
 
     last: "Connection | None" = None
     waiting: int = 0
+    payloads: PayloadPool = field(default_factory=PayloadPool)
 
 
 @dataclass(slots=True)
@@ -303,6 +304,12 @@ class Connection:
         self._patience -= 1
         return -1
 
+    def _begin_partial(self, request: Request, received: memoryview, header: int) -> None:
+        view = self._turn.payloads.take(request.payload)
+        filled = len(received) - header
+        view[:filled] = received[header:]
+        self._partial = _Partial(bytes(received[:header]), request, view, filled)
+
     def _fill_partial(self, partial: _Partial, data: bytes) -> bytes:
         """Add to the payload that is arriving; what is left belongs to the next request."""
         used = min(len(partial.view) - partial.filled, len(data))
@@ -375,7 +382,7 @@ class Connection:
             elif available == request.payload:
                 self._deliver(request, view[position : position + available], private=False)
             else:
-                self._partial = _begin_partial(request, view[header:end], position - header)
+                self._begin_partial(request, view[header:end], position - header)
                 return end
             return position + available
         if error:
@@ -406,6 +413,8 @@ class Connection:
                 self._fail(request, wire_error(failure.errno), str(failure))
                 return
             if written:
+                if private:
+                    self._turn.payloads.give_back(payload)
                 self._counters.writes += 1
                 reply = encode_done(self.session.mode, request.cookie, request.offset)
                 self._sender.answer(reply)
@@ -460,6 +469,9 @@ class Connection:
             _log.exception("the device of export %r failed", self.session.export)
             self._fail(request, EIO, "internal error")
         else:
+            if isinstance(payload, memoryview):
+                # Only now: after a timeout a thread may still be reading it.
+                self._turn.payloads.give_back(payload)
             self._sender.answer(reply)
 
     async def _read(self, request: Request) -> Sequence[Buffer]:
@@ -474,16 +486,6 @@ class Connection:
         self._counters.errors += 1
         mode = self.session.mode
         self._sender.answer(encode_error(mode, request.cookie, request.offset, error, message))
-
-
-def _begin_partial(request: Request, received: memoryview, header: int) -> _Partial:
-    # Anonymous memory is committed as it is filled: a client that announces much and sends little
-    # costs little.
-    size = request.payload
-    view = memoryview(mmap.mmap(-1, size) if size > _BIG_PAYLOAD else bytearray(size))
-    filled = len(received) - header
-    view[:filled] = received[header:]
-    return _Partial(bytes(received[:header]), request, view, filled)
 
 
 def _not_now(offset: int, length: int) -> None:  # noqa: ARG001

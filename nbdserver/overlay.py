@@ -262,9 +262,10 @@ class OverlayDevice(BaseDevice):
             return False
         began = monotonic()
         self._write_now(offset, payload)
-        if monotonic() - began > _SLOW_SECONDS:
+        took = monotonic() - began
+        if took > _SLOW_SECONDS:
             # The kernel makes writers wait for the disk: for a while they wait in threads.
-            self._slow_until = monotonic() + 1.0
+            self._slow_until = began + min(20 * took, 1.0)
         return True
 
     def _write_now(self, offset: int, payload: Buffer) -> None:
