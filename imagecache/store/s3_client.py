@@ -33,6 +33,7 @@ from imagecache.store.s3_errors import (
     mapped,
     status_of,
 )
+from imagecache.store.settings import S3Limits
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
@@ -64,16 +65,6 @@ class S3Location:
     def full_key(self, key: str) -> str:
         """The bucket's key of a store's key."""
         return f"{self.prefix}/{key}" if self.prefix else key
-
-
-@dataclass(frozen=True, slots=True)
-class S3Limits:
-    """Threads, and deadlines of the control plane in seconds; `call_s` is a whole call's."""
-
-    threads: int = 8
-    connect_s: float = 5.0
-    read_s: float = 30.0
-    call_s: float = 120.0
 
 
 class _ShiftedSigner(boto_auth.S3SigV4Auth):

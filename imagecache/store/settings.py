@@ -9,7 +9,6 @@ from pathlib import Path
 from imagecache.store.base import Priority
 from imagecache.store.policy import RetryPolicy
 from imagecache.store.rangeclient import HttpLimits
-from imagecache.store.s3_client import S3Limits
 
 
 def _places() -> Mapping[Priority, int]:
@@ -18,6 +17,16 @@ def _places() -> Mapping[Priority, int]:
 
 def _deadlines_s() -> Mapping[Priority, float]:
     return {Priority.DEMAND: 30.0, Priority.PREFETCH: 60.0, Priority.FILL: 120.0}
+
+
+@dataclass(frozen=True, slots=True)
+class S3Limits:
+    """Threads, and deadlines of the control plane in seconds; `call_s` is a whole call's."""
+
+    threads: int = 8
+    connect_s: float = 5.0
+    read_s: float = 30.0
+    call_s: float = 120.0
 
 
 @dataclass(frozen=True, slots=True)

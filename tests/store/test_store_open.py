@@ -19,7 +19,8 @@ from imagecache.errors import CubecacheError, NotFound, Unavailable, UsageError
 from imagecache.store.base import Priority
 from imagecache.store.counters import ReadCounters
 from imagecache.store.hedge import HedgedReader
-from imagecache.store.open import open_store, parse_s3
+from imagecache.store.open import open_store
+from imagecache.store.open_s3 import parse_s3
 from imagecache.store.policy import RetryPolicy
 from imagecache.store.rangeclient import HttpRangeReader
 from imagecache.store.retry import RetryReader
@@ -227,8 +228,9 @@ async def test_an_unreachable_endpoint_ends_in_time() -> None:
 @pytest.mark.usefixtures("aws_keys")
 async def test_presigned_urls_are_made_once_and_renewed(moto: S3Server) -> None:
     """A7: one signature per object, however many reads; a new one before the old one ends."""
-    from imagecache.store.s3_client import BucketClient, S3Limits
+    from imagecache.store.s3_client import BucketClient
     from imagecache.store.s3_urls import PresignedUrls
+    from imagecache.store.settings import S3Limits
 
     client = BucketClient(parse_s3(moto.url("urls"))[0], S3Limits())
     now = 0.0

@@ -21,8 +21,8 @@ from imagecache.store.open import OpenedStore, open_store
 from imagecache.store.policy import RetryPolicy
 from imagecache.store.probe import probe
 from imagecache.store.s3 import S3Store
-from imagecache.store.s3_client import BucketClient, S3Limits, parse_date_shift
-from imagecache.store.settings import StoreSettings
+from imagecache.store.s3_client import BucketClient, parse_date_shift
+from imagecache.store.settings import S3Limits, StoreSettings
 
 pytestmark = pytest.mark.usefixtures("aws_keys")
 
@@ -181,7 +181,7 @@ async def test_completion_of_an_upload(tmp_path: Path, complete: list[str], fine
 
 
 def open_location(server: Scripted):
-    from imagecache.store.open import parse_s3
+    from imagecache.store.open_s3 import parse_s3
 
     return parse_s3(f"s3://{BUCKET}/pre?endpoint={server.base}&region=us-east-1")[0]
 
