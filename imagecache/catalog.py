@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from imagecache.blockimage.envelope import MAX_PLAINTEXT, seal, unseal
+from imagecache.blockimage.generations import Generation, State, parse_generations
 from imagecache.blockimage.keys import ImageKey, RealmKeys, SealedKind
 from imagecache.blockimage.layerindex import LayerIndex
 from imagecache.blockimage.locations import LocationTable
@@ -24,8 +25,6 @@ from imagecache.blockimage.records import (
 )
 from imagecache.errors import Corrupt, NotFound, UsageError
 from imagecache.store.base import Store
-
-FIRST_GENERATION = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,29 +43,40 @@ class Catalog:
         self.store = store
         self.keys = RealmKeys(realm)
 
+    async def generations(self) -> list[Generation]:
+        """Every generation with its state, by number."""
+        prefix = self.keys.generations
+        found = [(stat.key, stat.modified) async for stat in self.store.list(prefix)]
+        return parse_generations(prefix, found)
+
+    async def mark(self, number: int, state: State) -> None:
+        """Moves a generation forward; an earlier state than the one it has changes nothing."""
+        record = GenerationRecord(number, state.word)
+        await self.store.put(
+            self.keys.generation(number, state), record.encode(), only_if_absent=True
+        )
+
     async def active_generation(self) -> int:
         """The generation that new objects go into; the first is opened on first use."""
-        numbers = [record.number for record in await self._generations("active")]
-        if numbers:
-            return max(numbers)
-        first = GenerationRecord(FIRST_GENERATION, "active")
-        await self.store.put(
-            self.keys.generation(first.number), first.encode(), only_if_absent=True
-        )
-        return first.number
+        known = await self.generations()
+        active = [generation.number for generation in known if generation.state is State.ACTIVE]
+        if active:
+            return max(active)
+        number = max((generation.number for generation in known), default=0) + 1
+        await self.mark(number, State.ACTIVE)
+        return number
 
-    async def _generations(self, *states: str) -> list[GenerationRecord]:
-        found = []
-        async for stat in self.store.list(self.keys.generations):
-            record = GenerationRecord.decode(await self.store.get(stat.key, limit=MAX_RECORD))
-            if record.state in states:
-                found.append(record)
-        return found
+    async def state_of(self, number: int) -> State:
+        """The state of one generation; DELETED for one that nobody knows."""
+        for generation in await self.generations():
+            if generation.number == number:
+                return generation.state
+        return State.DELETED
 
     async def readable_generations(self) -> list[int]:
         """Generations that may be read from, newest first."""
-        records = await self._generations("active", "retired")
-        return sorted((record.number for record in records), reverse=True)
+        known = await self.generations()
+        return [generation.number for generation in reversed(known) if generation.readable]
 
     async def find_root(self, key: ImageKey) -> RootRecord:
         """The newest readable root of an image; NotFound where there is none."""

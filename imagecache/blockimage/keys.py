@@ -9,6 +9,7 @@ from typing import Literal
 
 from blake3 import blake3
 
+from imagecache.blockimage.generations import State
 from imagecache.blockimage.locations import split_pack_name
 from imagecache.blockimage.manifest import Face
 from imagecache.errors import UsageError
@@ -60,14 +61,76 @@ class RealmKeys:
         """What every key of the realm begins with."""
         return f"v1/{self.realm}/"
 
-    def generation(self, number: int) -> str:
-        """The state of one generation."""
-        return f"{self.prefix}generations/{number:08d}.json"
+    @property
+    def all_packs(self) -> str:
+        """The prefix of the packs of all generations."""
+        return f"{self.prefix}packs/"
+
+    def generation(self, number: int, state: State) -> str:
+        """The marker that a generation has reached a state."""
+        return f"{self.generations}{number:08d}.{state.word}.json"
 
     @property
     def generations(self) -> str:
         """The prefix of the states of all generations."""
         return f"{self.prefix}generations/"
+
+    @property
+    def clock(self) -> str:
+        """An object that is written to learn the store's time."""
+        return f"{self.prefix}clock"
+
+    def build_lease(self, key: ImageKey) -> str:
+        """Who builds one image; mutable."""
+        return f"{self.build_leases}{key.digest()}.json"
+
+    @property
+    def build_leases(self) -> str:
+        """The prefix of all builders' leases."""
+        return f"{self.prefix}leases/builds/"
+
+    def reader_lease(self, holder: str) -> str:
+        """What one daemon reads; mutable."""
+        return f"{self.reader_leases}{holder}.json"
+
+    @property
+    def reader_leases(self) -> str:
+        """The prefix of all readers' leases."""
+        return f"{self.prefix}leases/readers/"
+
+    @property
+    def collector_lease(self) -> str:
+        """Who collects; mutable."""
+        return f"{self.prefix}leases/collector.json"
+
+    def pin(self, image: str) -> str:
+        """A pin of one image; mutable."""
+        return f"{self.pins}{image.replace(':', '-')}.json"
+
+    @property
+    def pins(self) -> str:
+        """The prefix of all pins."""
+        return f"{self.prefix}pins/"
+
+    @property
+    def collections(self) -> str:
+        """The prefix of the tombstones that collections leave for later ones."""
+        return f"{self.prefix}collections/"
+
+    def quarantined(self, pack: bytes) -> str:
+        """The marker of a pack found damaged; it names the chunks that are."""
+        generation, digest = split_pack_name(pack)
+        return f"{self.quarantine}{generation:08d}-{digest.hex()}.json"
+
+    @property
+    def quarantine(self) -> str:
+        """The prefix of the markers of damaged packs."""
+        return f"{self.prefix}quarantine/"
+
+    @property
+    def scrub_position(self) -> str:
+        """How far the scrub of the realm is; mutable."""
+        return f"{self.prefix}scrub.json"
 
     def within(self, generation: int) -> str:
         """The prefix of everything of one generation but its packs."""

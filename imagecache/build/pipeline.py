@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import shutil
 import time
 from collections.abc import AsyncIterator, Iterable
@@ -11,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from imagecache.blockimage.generations import State
 from imagecache.blockimage.keys import FORMAT_VERSION, ImageKey, SealedKind
 from imagecache.blockimage.locations import LocationTable
 from imagecache.blockimage.manifest import BlockManifest, Face
@@ -20,13 +22,18 @@ from imagecache.build.spool import Spool
 from imagecache.build.workers import run_worker
 from imagecache.catalog import AliasName, Catalog
 from imagecache.chunks.codec import DEFAULT_LEVEL
-from imagecache.errors import NotFound
+from imagecache.errors import Busy, NotFound
 from imagecache.flatten.limits import Limits
+from imagecache.leases.build import BuildLease, BuildLeases, LeaseLost
 from imagecache.oci.platform import Platform
 from imagecache.oci.source import ImageLayer, ImageSource, ResolvedImage
 from imagecache.tasks import task_group
 
+log = logging.getLogger(__name__)
+
 UPLOADS = 4
+ATTEMPTS = 3
+"""Builds of one image before giving up: each more means that a generation closed meanwhile."""
 MAX_REFERENCES = 3
 
 
@@ -54,10 +61,17 @@ class _Placed:
 class Builder:
     """Builds images of one realm through one spool; the caller holds the builder's lock."""
 
-    def __init__(self, catalog: Catalog, spool: Spool, settings: BuildSettings) -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        spool: Spool,
+        settings: BuildSettings,
+        leases: BuildLeases | None = None,
+    ) -> None:
         self.catalog = catalog
         self.spool = spool
         self.settings = settings
+        self.leases = leases or BuildLeases(catalog)
 
     async def build(
         self,
@@ -77,12 +91,8 @@ class Builder:
         report(Progress(Stage.RESOLVE, 0, 0))
         image = await source.resolve(platform)
         resolved = time.monotonic() - started
-        generation = await self.catalog.active_generation()
         key = ImageKey(str(image.digest), face, options)
-        try:
-            root = await self.catalog.root_in(key, generation)
-            result = _result_of(root, alias)
-        except NotFound:
+        for _ in range(ATTEMPTS):
             job = _Job(
                 catalog=self.catalog,
                 spool=self.spool,
@@ -90,23 +100,52 @@ class Builder:
                 source=source,
                 image=image,
                 key=key,
-                generation=generation,
                 alias=alias,
                 report=report,
             )
-            result = await job.run(platform)
+            try:
+                root, result = await self._build_or_meet(job, platform)
+            except LeaseLost as error:
+                log.warning("starting over: %s", error)
+                continue
+            moved = await self._point(alias, str(image.digest))
+            # What is written while its generation closes may have missed the collector's look.
+            settled = result is None and not moved
+            if settled or await self.catalog.state_of(root.generation) is State.ACTIVE:
+                break
+        else:
+            raise Busy(
+                f"{alias.text} was overtaken by collection or another builder {ATTEMPTS} times",
+                remedy="preload it again",
+            )
+        result = result or _result_of(root, alias)
         result.stages[Stage.RESOLVE] = resolved
-        await self._point(alias, str(image.digest))
         result.seconds = time.monotonic() - started
         return result
 
-    async def _point(self, alias: AliasName, image: str) -> None:
+    async def _build_or_meet(
+        self, job: _Job, platform: Platform
+    ) -> tuple[RootRecord, BuildResult | None]:
+        """The root, and the result where it was built here and not found or built by another."""
+        name = job.alias.text
+        met = await self.leases.meet(
+            job.key, lambda holder: log.info("%s is being built by %s", name, holder)
+        )
+        if isinstance(met, RootRecord):
+            return met, None
+        job.lease, job.generation = met, met.generation
+        async with met.kept():
+            return await job.run(platform)
+
+    async def _point(self, alias: AliasName, image: str) -> bool:
+        """Points the name at the image; False where it did already."""
         try:
             if (await self.catalog.alias(alias)).image == image:
-                return
+                return False
         except NotFound:
             pass
         await self.catalog.put_alias(alias, image)
+        return True
 
 
 def _result_of(root: RootRecord, alias: AliasName) -> BuildResult:
@@ -130,15 +169,16 @@ class _Job:
     source: ImageSource
     image: ResolvedImage
     key: ImageKey
-    generation: int
     alias: AliasName
     report: Report
+    lease: BuildLease = field(init=False)
+    generation: int = field(init=False)
     stored_bytes: int = 0
     downloaded_bytes: int = 0
     new_chunks: int = 0
     stages: dict[str, float] = field(default_factory=dict)
 
-    async def run(self, platform: Platform) -> BuildResult:
+    async def run(self, platform: Platform) -> tuple[RootRecord, BuildResult]:
         layers = list(dict.fromkeys(self.image.layers))
         records = {layer.diff_id: await self._find(layer) for layer in layers}
         missing = [layer for layer in layers if records[layer.diff_id] is None]
@@ -165,7 +205,7 @@ class _Job:
             await asyncio.to_thread(shutil.rmtree, self.spool.work, ignore_errors=True)
         with self._timed(Stage.COMMIT):
             self.report(Progress(Stage.COMMIT, 0, len(layers)))
-            await self.catalog.commit(self.key, root)
+            await self.lease.commit(root)
         self.stored_bytes += len(root.encode())
         await asyncio.to_thread(self.spool.prepare, set())
         result = _result_of(root, self.alias)
@@ -174,7 +214,7 @@ class _Job:
         result.new_layers = len(missing)
         result.downloaded_bytes = self.downloaded_bytes
         result.stages = self.stages
-        return result
+        return root, result
 
     async def _find(self, layer: ImageLayer) -> LayerRecord | None:
         try:
@@ -257,7 +297,8 @@ class _Job:
         with self._timed(Stage.STORE):
             index = await self._put("indexes", directory / "index")
             locations = await self._put("locations", directory / "locations")
-            record = LayerRecord(str(layer.diff_id), index.hex(), locations.hex())
+            packs = await asyncio.to_thread(_packs_named, directory / "locations")
+            record = LayerRecord(str(layer.diff_id), index.hex(), locations.hex(), packs)
             await self.catalog.put_layer(record, self.generation)
             self.stored_bytes += len(record.encode())
         await asyncio.to_thread(blob.unlink, missing_ok=True)
@@ -374,6 +415,10 @@ class _Job:
         return await asyncio.to_thread(
             _root_record, self, platform, directory, block_image, locations
         )
+
+
+def _packs_named(table: Path) -> tuple[str, ...]:
+    return tuple(name.hex() for name in LocationTable.decode(table.read_bytes()).packs)
 
 
 def _root_record(

@@ -1,0 +1,67 @@
+"""How every small record is written: a JSON object with `kind` and `version`, strictly parsed."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from imagecache.errors import Corrupt, Unsupported
+
+MAX_RECORD = 4 << 20
+
+
+def encode_record(kind: str, fields: dict[str, Any]) -> bytes:
+    """A record's JSON bytes, one line."""
+    return json.dumps({"kind": kind, "version": 1, **fields}, sort_keys=True).encode() + b"\n"
+
+
+def decode_record(kind: str, raw: bytes) -> dict[str, Any]:
+    """The fields of a record of that kind; Corrupt, or Unsupported for a newer version."""
+    if len(raw) > MAX_RECORD:
+        raise Corrupt(f"a {kind} record of {len(raw)} bytes is over the format's cap")
+    try:
+        fields = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise Corrupt(f"a {kind} record is not JSON") from error
+    if not isinstance(fields, dict) or fields.get("kind") != kind:
+        raise Corrupt(f"not a {kind} record")
+    if fields.get("version") != 1:
+        raise Unsupported(
+            f"a {kind} record of version {fields.get('version')}", remedy="needs a newer cubecache"
+        )
+    return fields
+
+
+def text(fields: dict[str, Any], name: str) -> str:
+    """A field that is a text; Corrupt."""
+    value = fields.get(name)
+    if not isinstance(value, str):
+        raise Corrupt(f"a {fields['kind']} record's {name} is not a text")
+    return value
+
+
+def match(fields: dict[str, Any], name: str, pattern: re.Pattern[str]) -> str:
+    """A field that is a text of that form; Corrupt."""
+    value = text(fields, name)
+    if not pattern.fullmatch(value):
+        raise Corrupt(f"a {fields['kind']} record's {name} is malformed")
+    return value
+
+
+def texts(fields: dict[str, Any], name: str, pattern: re.Pattern[str]) -> tuple[str, ...]:
+    """A field that is a list of texts of that form; Corrupt."""
+    values = fields.get(name)
+    if not isinstance(values, list):
+        raise Corrupt(f"a {fields['kind']} record's {name} is not a list")
+    if not all(isinstance(value, str) and pattern.fullmatch(value) for value in values):
+        raise Corrupt(f"a {fields['kind']} record's {name} is malformed")
+    return tuple(values)
+
+
+def number(fields: dict[str, Any], name: str) -> int:
+    """A field that is a whole number from 0 to 2^63 - 1; Corrupt."""
+    value = fields.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 63:
+        raise Corrupt(f"a {fields['kind']} record's {name} is not a size")
+    return value
