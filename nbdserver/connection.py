@@ -10,6 +10,7 @@ import errno
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from os import sched_yield
 from time import perf_counter
 
 from nbdserver.commands import run_command
@@ -29,6 +30,7 @@ _log = logging.getLogger(__name__)
 
 _BY_READING = frozenset((Command.READ, Command.BLOCK_STATUS, Command.CACHE))
 _MOST_PATIENCE = 8
+_LEAST_PATIENCE = 64
 
 
 @dataclass(slots=True)
@@ -102,7 +104,7 @@ class Connection:
         self._tasks: dict[asyncio.Task[None], Request] = {}
         self._inflight_bytes = 0
         self._reading = False
-        self._patience = 0 if stream.copies else _MOST_PATIENCE
+        self._patience = _MOST_PATIENCE
         self._finishing = False
         self._closed = False
         self._ended = False
@@ -247,14 +249,14 @@ class Connection:
         alone = turn.last is self
         turn.last = self
         # Again: what arrives while a batch is answered is taken without a turn of the loop.
-        for _ in range(4):
+        for _ in range(16 if self._partial is not None else 4):
             if not self._can_read():
                 self._stop_reading()
                 return
             try:
                 count = self._receive()
             except (BlockingIOError, InterruptedError):
-                if not alone or self._patience <= 0 or turn.waiting:
+                if not alone or turn.waiting:
                     return
                 count = self._linger()
                 if count < 0:
@@ -291,15 +293,23 @@ class Connection:
 
         Answers the bytes received, or -1: nothing came, or the socket broke.
         """
+        if self._patience <= 0 and self._partial is None:
+            # It did not pay lately; now and then it is tried again.
+            self._patience -= 1
+            if self._patience > -_LEAST_PATIENCE:
+                return -1
+            self._patience = 1
         until = perf_counter() + self._limits.linger_seconds
         while perf_counter() < until:
             try:
                 count = self._receive()
             except (BlockingIOError, InterruptedError):
+                # On a busy host the client may be waiting for this very processor.
+                sched_yield()
                 continue
             except OSError:
                 break
-            self._patience = min(self._patience + 2, _MOST_PATIENCE)
+            self._patience = min(max(self._patience, 0) + 2, _MOST_PATIENCE)
             return count
         self._patience -= 1
         return -1

@@ -42,7 +42,7 @@ __all__ = ["Change", "OverlayDevice", "OverlayError", "OverlayFacts", "list_over
 
 _ZEROS = memoryview(bytes(1 << 20))
 _QUICK_WRITE = 1 << 20
-_SLOW_SECONDS = 0.005
+_SLOW_SECONDS = 0.05
 _COMPACT_RECORDS = 1 << 16
 
 

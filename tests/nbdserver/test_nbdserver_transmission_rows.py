@@ -9,6 +9,7 @@ import time
 
 import pytest
 from kits.nbd_client import (
+    ABORT,
     CACHE,
     DF,
     DISC,
@@ -17,19 +18,25 @@ from kits.nbd_client import (
     ENOSPC,
     ENOTSUP,
     EPERM,
+    ERR_SHUTDOWN,
     ESHUTDOWN,
+    EXPORT_NAME,
     FAST_ZERO,
     FLUSH,
     FUA,
+    GO,
+    LIST,
     NO_HOLE,
     PAYLOAD_LEN,
     READ,
+    REP_ACK,
     REQ_ONE,
     STATUS,
     TRIM,
     WRITE,
     ZEROES,
     RawClient,
+    go_body,
 )
 from kits.nbd_server import MemoryDevice, ServerThread, pattern
 
@@ -477,7 +484,8 @@ def test_observed_batches(connect, device):
     client.read(0, 4096)
     device.hits = False
     client.read(4096, 512)
-    assert device.observed == [(0, 4096, True), (4096, 512, False)]
+    # The device is told after the answer has left.
+    wait_until(lambda: device.observed == [(0, 4096, True), (4096, 512, False)])
 
 
 def test_large_transfers(tmp_path):
@@ -503,3 +511,23 @@ def wait_until(condition, seconds=10):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def test_options_during_shutdown(server, connect, device):
+    """F34: options during shutdown get ERR_SHUTDOWN, but ABORT its ACK; EXPORT_NAME closes."""
+    busy = connect(go=True)
+    server.do(lambda: setattr(device, "gate", asyncio.Event()))
+    busy.send(busy.pack(READ, 0, 4096))
+    wait_until(lambda: server.do(lambda: server.server._turn.waiting) == 1)
+    shaking, aborting, old = connect(), connect(), connect()
+    wait_until(lambda: server.do(lambda: len(server.server._handshakes)) == 3)
+    future = asyncio.run_coroutine_threadsafe(server.server.drain(), server.loop)
+    server.do(lambda: None)
+    assert shaking.verdict(LIST) == ERR_SHUTDOWN
+    assert shaking.verdict(GO, go_body(b"disk")) == ERR_SHUTDOWN
+    assert aborting.verdict(ABORT) == REP_ACK
+    old.send_option(EXPORT_NAME, b"disk")
+    old.expect_closed()
+    server.do(lambda: device.gate.set())
+    assert busy.reply().data == pattern(0, 4096)
+    future.result(10)
