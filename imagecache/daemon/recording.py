@@ -30,6 +30,7 @@ from imagecache.profile.mapping import ordinals_of, profile_of
 from imagecache.profile.merge import merge_profiles
 from imagecache.profile.predict.predictor import Program
 from imagecache.profile.prepare import (
+    ImageNames,
     LoadedImage,
     StartBuilder,
     carried,
@@ -85,16 +86,27 @@ class StartKeeper:
         """A sealed object's plaintext, from this host where it is here."""
         return await self._objects.get(key, name, limit=limit)
 
+    def look_up(self, reference: str, names: ImageNames) -> asyncio.Task[KnownStart | None]:
+        """Asks the store what is known of a start; the caller hands the task to `begin`."""
+        job = self.starts.find(repository_of(reference), names.image, likely=names.generation)
+        task = asyncio.get_running_loop().create_task(job)
+        # A failure is told where the answer is used; without anybody to use it, nobody misses it.
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return task
+
     def begin(
         self,
         record: ExportRecord,
         image: ImageMap,
         fill: Fill,
         *,
+        known: asyncio.Task[KnownStart | None] | None = None,
         recording: bool = False,
     ) -> ExportStart:
         """One export's start, from now on; its log is the device's recorder."""
-        start = ExportStart(self, record, image, fill)
+        start = ExportStart(
+            self, record, image, fill, known or self.look_up(record.reference, record)
+        )
         if recording:
             start.record(None)
         start.start()
@@ -110,13 +122,15 @@ class ExportStart:
         record: ExportRecord,
         image: ImageMap,
         fill: Fill,
+        known: asyncio.Task[KnownStart | None],
     ) -> None:
         loop = asyncio.get_running_loop()
         self.log = StartLog(loop.time)
         self.device: BlockImageDevice | None = None
         self.recording = "off"  # on, saving, saved, failed
         self.recording_error: str | None = None
-        self.repository = alias_name(parse_reference(record.reference)).repository
+        self.repository = repository_of(record.reference)
+        self._known = known
         self._keeper = keeper
         self._record = record
         self._image = image
@@ -143,6 +157,7 @@ class ExportStart:
 
     async def close(self) -> None:
         """Ends the tasks; a recording that is not over is lost."""
+        self._known.cancel()
         for task in tuple(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -169,9 +184,9 @@ class ExportStart:
             self._fill.start()
 
     async def _bring_known(self) -> None:
-        keeper, record = self._keeper, self._record
+        record = self._record
         async with asyncio.timeout(_FIND_SECONDS):
-            known = await keeper.starts.find(self.repository, record.image)
+            known = await self._known
         if known is None:
             self._fill.start()
             await self._bring_predicted()
@@ -387,6 +402,11 @@ class ExportStart:
         )
         profile = None if known is None else await asyncio.to_thread(carried, known, loaded)
         return await asyncio.to_thread(build_report, facts, self.log, loaded, profile)
+
+
+def repository_of(reference: str) -> str:
+    """The part of a reference whose images count as versions of each other."""
+    return alias_name(parse_reference(reference)).repository
 
 
 def program_of_record(record: ExportRecord) -> Program:

@@ -40,7 +40,8 @@ from imagecache.errors import Busy, CubecacheError, NotFound, Unavailable, Usage
 from imagecache.facechoice import FaceChoice
 from imagecache.oci.config import parse_config
 from imagecache.oci.reference import parse_reference
-from imagecache.profile.prepare import prepare_quietly
+from imagecache.profile.prepare import ImageNames, prepare_quietly
+from imagecache.profile.starts import KnownStart
 from imagecache.settings import FILLS, Settings
 from imagecache.store.open import OpenedStore, open_store
 from imagecache.store.settings import StoreSettings
@@ -181,11 +182,14 @@ class Service:
             there = self._live.get(name)
             if there is not None:
                 return await self._again(there, root, request)
+            # All of these are round trips to the store: side by side.
+            known = self.starts.look_up(request.image.reference, root)
+            config, _ = await asyncio.gather(self._run_config(root), self._image(root))
             record = ExportRecord(
                 name=name,
                 reference=request.image.reference,
                 image=root.image,
-                config=await self._run_config(root),
+                config=config,
                 face=root.face,
                 block_image=root.block_image,
                 locations=root.locations,
@@ -196,7 +200,7 @@ class Service:
                 fill=request.fill or self.settings.cache.fill,
             )
             export = LiveExport(record, self.settings.nbd_socket)
-            await self._attach(export, recording=request.record)
+            await self._attach(export, recording=request.record, known=known)
             await asyncio.to_thread(self._table.save, record)
             self._live[name] = export
             logger.info("export %s of %s", name, root.image)
@@ -251,7 +255,13 @@ class Service:
             }
         )
 
-    async def _attach(self, export: LiveExport, *, recording: bool = False) -> None:
+    async def _attach(
+        self,
+        export: LiveExport,
+        *,
+        recording: bool = False,
+        known: asyncio.Task[KnownStart | None] | None = None,
+    ) -> None:
         """Opens the device, its socket and its fill; leaves nothing behind where it raises."""
         record = export.record
         image = await self._image(record)
@@ -274,17 +284,21 @@ class Service:
             mode=mode,
             bytes_per_second=self.settings.cache.fill_bytes_per_second,
         )
-        export.start = self.starts.begin(record, image, export.fill, recording=recording)
+        export.start = self.starts.begin(
+            record, image, export.fill, known=known, recording=recording
+        )
         export.start.watch_device(export.device)
         export.failure = None
 
-    async def _image(self, record: ExportRecord) -> ImageMap:
+    async def _image(self, record: ImageNames) -> ImageMap:
         image = self._images.get(record.block_image)
         if image is None:
             name, table = bytes.fromhex(record.block_image), bytes.fromhex(record.locations)
             keys, generation = self.catalog.keys, record.generation
-            manifest = await self.objects.get(keys.sealed("manifests", name, generation), name)
-            locations = await self.objects.get(keys.sealed("locations", table, generation), table)
+            manifest, locations = await asyncio.gather(
+                self.objects.get(keys.sealed("manifests", name, generation), name),
+                self.objects.get(keys.sealed("locations", table, generation), table),
+            )
             image = await asyncio.to_thread(
                 lambda: ImageMap(
                     BlockManifest.decode(manifest),

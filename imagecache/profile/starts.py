@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -44,12 +45,19 @@ class Starts:
     async def _from_store(self, key: str, name: bytes, limit: int) -> bytes:
         return unseal(await self._store.get(key, limit=limit + HEADER.size), name, limit=limit)
 
-    async def find(self, repository: str, image: str) -> KnownStart | None:
+    async def find(
+        self, repository: str, image: str, *, likely: int | None = None
+    ) -> KnownStart | None:
         """The image's own start, else the repository's newest other; None where there is neither.
 
-        Raises Unavailable or Denied where the store cannot be asked. What is damaged, or of a newer
+        `likely` is the generation to look into before the others are even listed. Raises
+        Unavailable or Denied where the store cannot be asked. What is damaged, or of a newer
         version, counts as absent.
         """
+        if likely is not None:
+            known = await self._known(self._keys.start(repository, image, likely), likely)
+            if known is not None:
+                return known
         generations = await self._catalog.readable_generations()
         for generation in generations:
             known = await self._known(self._keys.start(repository, image, generation), generation)
@@ -82,14 +90,15 @@ class Starts:
             record = StartRecord.decode(await self._store.get(key, limit=MAX_RECORD))
             name = bytes.fromhex(record.profile)
             where = self._keys.profile(name, generation)
-            raw = await self._get_sealed(where, name, codec.MAX_ENCODED)
+            raw, table = await asyncio.gather(
+                self._get_sealed(where, name, codec.MAX_ENCODED), self._boot(record, generation)
+            )
             profile = codec.decode_profile(raw)
         except NotFound:
             return None
         except (Corrupt, Unsupported) as error:
             log.warning("start record %s is not usable: %s", key, error)
             return None
-        table = await self._boot(record, generation)
         return KnownStart(record, generation, profile, table, own)
 
     async def _boot(self, record: StartRecord, generation: int) -> BootTable | None:
