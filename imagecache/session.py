@@ -42,14 +42,18 @@ class Session:
     def settings(self) -> Settings:
         """The settings; read once, when first asked for."""
         if self._settings is None:
-            self._settings = load_settings(
-                os.environ,
-                config=self.config,
-                state_dir=self.state_dir,
-                store=self.store,
-                realm=self.realm,
-            )
+            self._settings = self.read_settings()
         return self._settings
+
+    def read_settings(self) -> Settings:
+        """The settings as file, environment and flags have them now."""
+        return load_settings(
+            os.environ,
+            config=self.config,
+            state_dir=self.state_dir,
+            store=self.store,
+            realm=self.realm,
+        )
 
 
 def json_option(command: F) -> F:

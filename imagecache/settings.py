@@ -1,11 +1,13 @@
 """Configuration: one TOML file, the environment over it, flags over both. Parsed once, strictly.
 
 Only the composition roots (the CLI and the daemon) call `load_settings`; everything else is given
-the values it needs.
+the values it needs. `SETTINGS` is the one list of what can be set; `Settings.origins` says where
+each value came from.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import stat
@@ -17,57 +19,43 @@ from typing import Any
 
 from imagecache.blockimage.keys import RealmKeys
 from imagecache.errors import Denied, UsageError
+from imagecache.sections import (
+    ApiSection,
+    BuildSection,
+    CacheSection,
+    LogSection,
+    NbdSection,
+    PreloadSection,
+    RegistrySection,
+    StoreSection,
+)
+
+__all__ = [
+    "FILLS",
+    "SETTINGS",
+    "ApiSection",
+    "BuildSection",
+    "CacheSection",
+    "LogSection",
+    "NbdSection",
+    "PreloadSection",
+    "RegistrySection",
+    "Setting",
+    "Settings",
+    "StoreSection",
+    "load_settings",
+    "parse_size",
+    "reloaded",
+]
 
 _SIZE = re.compile(r"(\d+)\s*(B|KiB|MiB|GiB|TiB|)")
 _UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+_BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 MAX_CONFIG = 1 << 20
 FILLS = ("whole", "hot", "none")
 INTEGRITIES = ("admission", "every-read")
-
-
-@dataclass(frozen=True, slots=True)
-class CacheSection:
-    """[cache]: the host's arena. Sizes in bytes, times in seconds."""
-
-    budget_bytes: int = 20 << 30
-    integrity: str = "admission"
-    fill: str | None = None  # None: whole where the image fits the budget, else hot
-    fill_bytes_per_second: int = 0  # 0: no limit
-    stall_seconds: float = 30.0
-
-
-@dataclass(frozen=True, slots=True)
-class StoreSection:
-    """[store]: how the bucket is reached."""
-
-    tier_url: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class RegistrySection:
-    """[registry]: how registries are reached."""
-
-    docker_config: str | None = None
-    plain_http: tuple[str, ...] = ()
-    insecure_tls: tuple[str, ...] = ()
-    ca_file: str | None = None
-    allowed_private: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class BuildSection:
-    """[build]: bounds of a conversion."""
-
-    level: int = 3
-    deadline_seconds: float = 3600.0
-    worker_memory_bytes: int = 4 << 30
-
-
-@dataclass(frozen=True, slots=True)
-class NbdSection:
-    """[nbd]: where exports are served besides the unix socket."""
-
-    tcp: str | None = None  # HOST:PORT
+ROLES = ("read", "preload", "admin")
+DEFAULT = "default"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +70,11 @@ class Settings:
     store: StoreSection = field(default_factory=StoreSection)
     registry: RegistrySection = field(default_factory=RegistrySection)
     build: BuildSection = field(default_factory=BuildSection)
+    preload: PreloadSection = field(default_factory=PreloadSection)
     nbd: NbdSection = field(default_factory=NbdSection)
+    api: ApiSection = field(default_factory=ApiSection)
+    log: LogSection = field(default_factory=LogSection)
+    origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def control_socket(self) -> Path:
@@ -93,6 +85,79 @@ class Settings:
     def nbd_socket(self) -> Path:
         """Where the daemon of this state directory serves all exports."""
         return self.state_dir / "nbd.sock"
+
+    def value(self, name: str) -> Any:
+        """A setting's value by its name in `SETTINGS`."""
+        section, _, key = name.rpartition(".")
+        if name == "store.url":
+            return self.store_url
+        return getattr(getattr(self, section) if section else self, key)
+
+    def origin(self, name: str) -> str:
+        """`default`, `file PATH`, `environment NAME` or `flag NAME`."""
+        return self.origins.get(name, DEFAULT)
+
+    def with_flag(self, name: str, value: str, flag: str) -> Settings:
+        """These settings with one `section.key` as a command's flag gave it; UsageError."""
+        section, _, key = name.partition(".")
+        row = next(row for row in SETTINGS if row.name == name)
+        part = dataclasses.replace(
+            getattr(self, section), **{key: _typed(flag, value, row.kind, is_text=True)}
+        )
+        changed: Any = {section: part}
+        settings = dataclasses.replace(
+            self, **changed, origins={**self.origins, name: f"flag {flag}"}
+        )
+        _check(settings)
+        return settings
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One row of the table of settings; `kind` is the annotation's text."""
+
+    name: str
+    kind: str
+    default: Any
+    text: str
+    reload: bool
+
+    @property
+    def environment(self) -> str:
+        """The variable that sets it."""
+        short = "store" if self.name == "store.url" else self.name
+        return "CUBECACHE_" + short.replace(".", "_").upper()
+
+
+_SECTIONS: dict[str, Any] = {
+    "cache": CacheSection,
+    "store": StoreSection,
+    "registry": RegistrySection,
+    "build": BuildSection,
+    "preload": PreloadSection,
+    "nbd": NbdSection,
+    "api": ApiSection,
+    "log": LogSection,
+}
+_STATE_DIR = Setting("state_dir", "str", None, "Where everything of this host is kept.", False)
+_STORE_URL = Setting("store.url", "str", None, "The store; unset: STATE_DIR/store.", False)
+_REALM = Setting("realm", "str", "default", "The name-space inside which content is shared.", False)
+SETTINGS: tuple[Setting, ...] = (
+    _STATE_DIR,
+    _STORE_URL,
+    _REALM,
+    *(
+        Setting(
+            f"{name}.{item.name}",
+            str(item.type),
+            item.default,
+            item.metadata["text"],
+            item.metadata["reload"],
+        )
+        for name, kind in _SECTIONS.items()
+        for item in dataclasses.fields(kind)
+    ),
+)
 
 
 def load_settings(
@@ -108,40 +173,58 @@ def load_settings(
     Raises UsageError for an unknown key, a wrong type or an unusable value, and Denied for a file
     that others may write (J10).
     """
-    path = config or _path(environment.get("CUBECACHE_CONFIG"))
-    document = _read(path) if path else {}
-    sections = {
-        "cache": _section(CacheSection, document, "cache"),
-        "store": StoreSection(),
-        "registry": _section(RegistrySection, document, "registry"),
-        "build": _section(BuildSection, document, "build"),
-        "nbd": _section(NbdSection, document, "nbd"),
-    }
-    top_store = document.pop("store", None)
-    if isinstance(top_store, dict):
-        url_in_file = top_store.pop("url", None)
-        sections["store"] = _section(StoreSection, {"store": top_store}, "store")
-    else:
-        url_in_file = top_store
-    directory = state_dir or _path(environment.get("CUBECACHE_STATE_DIR"))
-    directory = directory or _path(_text(document.pop("state_dir", None), "state_dir"))
-    directory = (directory or default_state_dir(environment)).expanduser().absolute()
-    chosen_realm = realm or environment.get("CUBECACHE_REALM")
-    chosen_realm = chosen_realm or _text(document.pop("realm", None), "realm") or "default"
-    RealmKeys(chosen_realm)
-    url = store or environment.get("CUBECACHE_STORE") or _text(url_in_file, "store")
-    for leftover in document:
-        if leftover not in ("state_dir", "realm"):
-            raise UsageError(f"configuration key {leftover!r} is unknown", remedy=f"edit {path}")
+    named = environment.get("CUBECACHE_CONFIG")
+    path = config or (Path(named) if named else None)
+    given = _flatten(_read(path), path) if path else {}
+    flags = {"state_dir": state_dir, "store.url": store, "realm": realm}
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for row in SETTINGS:
+        value, origins[row.name] = row.default, DEFAULT
+        if row.name in given:
+            value = _typed(row.name, given[row.name], row.kind)
+            origins[row.name] = f"file {path}"
+        if environment.get(row.environment):
+            text = environment[row.environment]
+            value = _typed(row.environment, text, row.kind, is_text=True)
+            origins[row.name] = f"environment {row.environment}"
+        flag = flags.get(row.name)
+        if flag:
+            value = str(flag)
+            origins[row.name] = "flag --" + row.name.removesuffix(".url").replace("_", "-")
+        values[row.name] = value
+    directory = Path(values["state_dir"] or default_state_dir(environment)).expanduser().absolute()
+    RealmKeys(values["realm"])
     settings = Settings(
         state_dir=directory,
-        store_url=url or (directory / "store").as_uri(),
-        realm=chosen_realm,
+        store_url=values["store.url"] or (directory / "store").as_uri(),
+        realm=values["realm"],
         config_file=path,
-        **sections,
+        origins=origins,
+        **{
+            name: kind(
+                **{item.name: values[f"{name}.{item.name}"] for item in dataclasses.fields(kind)}
+            )
+            for name, kind in _SECTIONS.items()
+        },
     )
     _check(settings)
     return settings
+
+
+def reloaded(current: Settings, fresh: Settings) -> tuple[Settings, list[str], list[str]]:
+    """What a running daemon goes on with, the names it takes, and those that need a restart."""
+    changed = [row for row in SETTINGS if current.value(row.name) != fresh.value(row.name)]
+    taken = [row.name for row in changed if row.reload]
+    merged: Any = {}
+    origins = dict(current.origins)
+    for name in taken:
+        section, _, key = name.partition(".")
+        part = merged.get(section, getattr(current, section))
+        merged[section] = dataclasses.replace(part, **{key: fresh.value(name)})
+        origins[name] = fresh.origin(name)
+    left = [row.name for row in changed if not row.reload]
+    return dataclasses.replace(current, **merged, origins=origins), taken, left
 
 
 def default_state_dir(environment: Mapping[str, str]) -> Path:
@@ -162,10 +245,6 @@ def parse_size(value: object, name: str) -> int:
     return int(match[1]) * _UNITS[match[2]]
 
 
-def _path(text: str | None) -> Path | None:
-    return Path(text) if text else None
-
-
 def _read(path: Path) -> dict[str, Any]:
     try:
         status = path.stat()
@@ -178,54 +257,87 @@ def _read(path: Path) -> dict[str, Any]:
         raise UsageError(f"configuration {path} does not exist") from error
     except OSError as error:
         raise Denied(f"configuration {path} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"configuration {path} is not TOML: {error}") from error
 
 
-def _section(kind: Any, document: dict[str, Any], name: str) -> Any:
-    raw = document.pop(name, {})
-    if not isinstance(raw, dict):
-        raise UsageError(f"configuration [{name}] is not a table")
-    values = {}
-    for key, value in raw.items():
-        annotation = kind.__annotations__.get(key)
-        if annotation is None:
-            raise UsageError(f"configuration key {name}.{key} is unknown")
-        values[key] = _typed(f"{name}.{key}", value, annotation)
-    return kind(**values)
+def _flatten(document: dict[str, Any], path: Path) -> dict[str, Any]:
+    """`section.key` -> value; every key is one of `SETTINGS`."""
+    flat: dict[str, Any] = {}
+    for name, value in document.items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{key}": item for key, item in value.items()}
+        elif name == "store":
+            flat["store.url"] = value
+        elif name in _SECTIONS:
+            raise UsageError(f"configuration [{name}] is not a table")
+        else:
+            flat[name] = value
+    known = {row.name for row in SETTINGS}
+    for name in flat:
+        if name not in known:
+            raise UsageError(f"configuration key {name!r} is unknown", remedy=f"edit {path}")
+    return flat
 
 
-def _typed(name: str, value: Any, annotation: str) -> Any:
-    if annotation == "int":
+def _typed(name: str, value: Any, kind: str, *, is_text: bool = False) -> Any:
+    """A value of the kind; `is_text` where it is from the environment or a flag."""
+    if kind == "int":
         return parse_size(value, name)
-    if annotation == "float":
-        if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
-            return float(value)
-        raise UsageError(f"{name} = {value!r} is not a positive number")
-    if annotation.startswith("tuple"):
+    if kind == "float":
+        return _number(name, value, is_text=is_text)
+    if kind == "bool":
+        value = _BOOLEANS.get(value.lower()) if is_text else value
+        if isinstance(value, bool):
+            return value
+        raise UsageError(f"{name} is neither true nor false")
+    if kind.startswith("tuple"):
+        value = [part for part in value.split(",") if part] if is_text else value
         if isinstance(value, list) and all(isinstance(item, str) for item in value):
             return tuple(value)
         raise UsageError(f"{name} = {value!r} is not a list of texts")
-    return _text(value, name)
-
-
-def _text(value: object, name: str) -> str | None:
-    if value is None or isinstance(value, str):
+    if isinstance(value, str):
         return value
     raise UsageError(f"{name} = {value!r} is not a text")
 
 
+def _number(name: str, value: Any, *, is_text: bool) -> float:
+    try:
+        number = float(value) if is_text or type(value) in (int, float) else -1.0
+    except (ValueError, OverflowError):
+        number = -1.0
+    if 0 < number < 1e12:
+        return number
+    raise UsageError(f"{name} = {value!r} is not a positive number")
+
+
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "cache.fill": (None, *FILLS),
+    "cache.integrity": INTEGRITIES,
+    "api.group_role": ROLES,
+    "log.format": ("text", "json"),
+    "log.level": ("debug", "info", "warning", "error"),
+}
+
+
 def _check(settings: Settings) -> None:
-    if settings.cache.fill not in (None, *FILLS):
-        raise UsageError(f"cache.fill = {settings.cache.fill!r}", remedy="whole, hot or none")
-    if settings.cache.integrity not in INTEGRITIES:
-        raise UsageError(
-            f"cache.integrity = {settings.cache.integrity!r}", remedy="admission or every-read"
-        )
+    for name, choices in _CHOICES.items():
+        if settings.value(name) not in choices:
+            raise UsageError(
+                f"{name} = {settings.value(name)!r}",
+                remedy="one of " + ", ".join(filter(None, choices)),
+            )
     if not 1 <= settings.build.level <= 19:
         raise UsageError(f"build.level = {settings.build.level}", remedy="1 to 19")
-    if settings.nbd.tcp is not None and not re.fullmatch(r".+:\d{1,5}", settings.nbd.tcp):
-        raise UsageError(f"nbd.tcp = {settings.nbd.tcp!r}", remedy="write HOST:PORT")
+    for name in ("nbd.tcp", "api.tcp"):
+        address = settings.value(name)
+        if address is not None and not re.fullmatch(r".+:\d{1,5}", address):
+            raise UsageError(f"{name} = {address!r}", remedy="write HOST:PORT")
+    api = settings.api
+    if api.tcp and not api.tokens:
+        raise UsageError("api.tcp is set without api.tokens", remedy="cubecache token --help")
+    if (api.tls_certificate is None) != (api.tls_key is None):
+        raise UsageError("api.tls_certificate and api.tls_key go together")
     # A unix socket's path has 108 bytes (sun_path), the terminator included.
     if len(os.fsencode(settings.control_socket)) > 107:
         raise UsageError(

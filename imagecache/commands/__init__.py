@@ -1,9 +1,10 @@
 """imagecache's commands: serving, names, checks. Each reads settings and prints, no more."""
 
+from imagecache.commands.configuring import config
 from imagecache.commands.doctor import doctor
 from imagecache.commands.images import images, remove
 from imagecache.commands.inspecting import diff, inspect
 from imagecache.commands.serving import serve
 from imagecache.commands.verifying import verify
 
-COMMANDS = (serve, images, inspect, diff, verify, remove, doctor)
+COMMANDS = (serve, config, images, inspect, diff, verify, remove, doctor)

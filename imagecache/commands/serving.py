@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
-import logging
 import os
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from imagecache.session import Session, fill_option, json_option
+from imagecache.session import Session, Settings, fill_option, json_option
 
 if TYPE_CHECKING:
     from imagecache.daemon.service import Service
@@ -29,19 +27,24 @@ def serve(session: Session, *, fill: str | None, tcp: str | None, until_stdin_cl
     """Run the host daemon in the foreground until SIGTERM.
 
     The control API answers on STATE/control.sock, NBD on STATE/nbd.sock. Exports persist: they
-    are there again, before the sockets listen, whenever the daemon starts.
+    are there again, before the sockets listen, whenever the daemon starts. SIGHUP reads the
+    configuration again.
     """
     # The daemon's imports would double the start of every other command.
+    from imagecache.daemon.logs import set_up_logs  # noqa: PLC0415
     from imagecache.daemon.serve import serve as run_daemon  # noqa: PLC0415
 
-    settings = session.settings
-    if fill is not None:
-        settings = dataclasses.replace(
-            settings, cache=dataclasses.replace(settings.cache, fill=fill)
-        )
-    if tcp is not None:
-        settings = dataclasses.replace(settings, nbd=dataclasses.replace(settings.nbd, tcp=tcp))
-    logging.getLogger("imagecache").setLevel(logging.INFO)
+    flags = {"cache.fill": ("--fill", fill), "nbd.tcp": ("--tcp", tcp)}
+
+    def read() -> Settings:
+        settings = session.read_settings()
+        for name, (flag, value) in flags.items():
+            if value is not None:
+                settings = settings.with_flag(name, value, flag)
+        return settings
+
+    settings = read()
+    set_up_logs(settings.log)
 
     def announce(service: Service) -> None:
         answer: dict[str, Any] = {
@@ -57,4 +60,4 @@ def serve(session: Session, *, fill: str | None, tcp: str | None, until_stdin_cl
             f"{len(answer['exports'])} exports",
         )
 
-    asyncio.run(run_daemon(settings, announce, until_stdin_closes=until_stdin_closes))
+    asyncio.run(run_daemon(settings, announce, reread=read, until_stdin_closes=until_stdin_closes))

@@ -12,25 +12,32 @@ from collections.abc import Callable
 from aiohttp import web
 
 from imagecache.daemon.api import application
+from imagecache.daemon.logs import set_up_logs
 from imagecache.daemon.service import Service
-from imagecache.errors import Unavailable
-from imagecache.settings import Settings
+from imagecache.errors import CubecacheError, Unavailable
+from imagecache.settings import Settings, reloaded
 
 logger = logging.getLogger(__name__)
 
 
 async def serve(
-    settings: Settings, announce: Callable[[Service], None], *, until_stdin_closes: bool = False
+    settings: Settings,
+    announce: Callable[[Service], None],
+    *,
+    reread: Callable[[], Settings] | None = None,
+    until_stdin_closes: bool = False,
 ) -> None:
     """Serves until SIGTERM or SIGINT (or the end of stdin), then drains and returns.
 
-    `announce` is called once everything answers.
+    `announce` is called once everything answers; `reread` is asked for new settings on SIGHUP.
     """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     service = await Service.open(settings)
+    if reread is not None:
+        loop.add_signal_handler(signal.SIGHUP, _reload, service, reread)
     runner = web.AppRunner(application(service), access_log=None, handle_signals=False)
     try:
         await runner.setup()
@@ -44,6 +51,19 @@ async def serve(
         await runner.cleanup()
         settings.control_socket.unlink(missing_ok=True)
         await service.close()
+
+
+def _reload(service: Service, reread: Callable[[], Settings]) -> None:
+    try:
+        fresh = reread()
+    except CubecacheError as error:
+        logger.error("the configuration stays as it was: %s", error)
+        return
+    service.settings, taken, left = reloaded(service.settings, fresh)
+    set_up_logs(service.settings.log)
+    logger.info("configuration read again; taken: %s", ", ".join(taken) or "nothing")
+    if left:
+        logger.warning("needs a restart: %s", ", ".join(left))
 
 
 async def _listen(runner: web.AppRunner, settings: Settings) -> None:

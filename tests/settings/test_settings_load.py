@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from imagecache.errors import CubecacheError, Denied, UsageError
-from imagecache.settings import load_settings, parse_size
+from imagecache.settings import SETTINGS, load_settings, parse_size, reloaded
 
 pytestmark = pytest.mark.quick
 
@@ -89,3 +89,68 @@ def test_sizes() -> None:
     for bad in (True, -1, 1.5, "1.5GiB", "GiB", None):
         with pytest.raises(UsageError):
             parse_size(bad, "x")
+
+
+def test_each_value_tells_where_it_comes_from(tmp_path: Path) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text('[cache]\nbudget_bytes = "1GiB"\nstall_seconds = 5\n')
+    environment = {
+        "CUBECACHE_CACHE_STALL_SECONDS": "7.5",
+        "CUBECACHE_REGISTRY_PLAIN_HTTP": "a:1,b:2",
+        "CUBECACHE_API_PRIVATE_IMAGES": "true",
+    }
+    settings = load_settings(environment, config=config, state_dir=tmp_path)
+    settings = settings.with_flag("cache.fill", "hot", "--fill")
+    assert settings.cache.stall_seconds == 7.5
+    assert settings.registry.plain_http == ("a:1", "b:2")
+    assert settings.api.private_images
+    assert settings.origin("cache.budget_bytes") == f"file {config}"
+    assert settings.origin("cache.stall_seconds") == "environment CUBECACHE_CACHE_STALL_SECONDS"
+    assert settings.origin("state_dir") == "flag --state-dir"
+    assert settings.origin("cache.fill") == "flag --fill"
+    assert settings.origin("build.level") == "default"
+    assert settings == load_settings(environment, config=config, state_dir=tmp_path).with_flag(
+        "cache.fill", "hot", "--fill"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("CUBECACHE_CACHE_BUDGET_BYTES", "much"),
+        ("CUBECACHE_CACHE_STALL_SECONDS", "nan"),
+        ("CUBECACHE_CACHE_STALL_SECONDS", "-1"),
+        ("CUBECACHE_API_PRIVATE_IMAGES", "perhaps"),
+        ("CUBECACHE_LOG_FORMAT", "xml"),
+        ("CUBECACHE_API_TCP", "127.0.0.1:1"),
+        ("CUBECACHE_API_TLS_KEY", "/k"),
+    ],
+)
+def test_an_unusable_variable_refuses_the_start(tmp_path: Path, name: str, text: str) -> None:
+    """J10: an environment override that is invalid."""
+    with pytest.raises(UsageError):
+        load_settings({name: text}, state_dir=tmp_path)
+
+
+def test_reload_takes_what_it_can_and_names_the_rest(tmp_path: Path) -> None:
+    before = load_settings({}, state_dir=tmp_path)
+    after = load_settings(
+        {"CUBECACHE_BUILD_LEVEL": "9", "CUBECACHE_CACHE_BUDGET_BYTES": "1"}, state_dir=tmp_path
+    )
+    merged, taken, left = reloaded(before, after)
+    assert (taken, left) == (["build.level"], ["cache.budget_bytes"])
+    assert (merged.build.level, merged.cache.budget_bytes) == (9, before.cache.budget_bytes)
+    assert merged.origin("build.level") == "environment CUBECACHE_BUILD_LEVEL"
+
+
+def test_the_table_of_settings_is_the_documented_one() -> None:
+    """ARCHITECTURE.md's table has every setting, its variable-free name, default and reload."""
+    text = (Path(__file__).parents[2] / "ARCHITECTURE.md").read_text()
+    rows = {
+        cells[0].strip("` "): (cells[1].strip("` "), cells[2].strip())
+        for cells in (line.strip("|\n").split("|") for line in text.splitlines())
+        if len(cells) == 4 and cells[0].strip().startswith("`")
+    }
+    for row in SETTINGS:
+        default = "-" if row.default in (None, ()) else str(row.default)
+        assert rows.get(row.name) == (default, "yes" if row.reload else ""), row.name
