@@ -22,6 +22,7 @@ from imagecache.blockimage.manifest import BlockManifest, Face
 from imagecache.build.assemble import assemble
 from imagecache.build.chunksink import FinishedPack
 from imagecache.build.convert import LayerConverter
+from imagecache.build.known import KnownChunks, in_few_packs
 from imagecache.chunks import BLOCK
 from imagecache.chunks.codec import DEFAULT_LEVEL, decode_chunk
 from imagecache.chunks.cut import FORMAT_CUT_RULE, CutRule
@@ -103,7 +104,7 @@ class CutImage:
         return ImageView(self.manifest, tables)
 
 
-Convert = Callable[[LayerBlob, dict[bytes, Location], "Workplace"], CutLayer]
+Convert = Callable[[LayerBlob, KnownChunks, "Workplace"], CutLayer]
 
 
 @dataclass
@@ -146,7 +147,7 @@ def sealed_bytes(*plaintexts: bytes) -> int:
 def convert_by(rule: CutRule = FORMAT_CUT_RULE) -> Convert:
     """Conversion on the path that builds use."""
 
-    def convert(layer: LayerBlob, known: dict[bytes, Location], place: Workplace) -> CutLayer:
+    def convert(layer: LayerBlob, known: KnownChunks, place: Workplace) -> CutLayer:
         before = place.packed_bytes
         converter = LayerConverter(
             place.directory(),
@@ -179,13 +180,14 @@ def cut_image(
 ) -> CutImage:
     """Builds an image where `known` chunks and the layers `done` are stored already."""
     done = {} if done is None else done
-    pool = dict(known or {})
+    references = in_few_packs(known or {})
+    pool: dict[bytes, Location] = {}
     placed: list[CutLayer] = []
     new_chunks = stored = 0
     for layer in layers:
         made = done.get(layer.diff_id)
         if made is None:
-            made = done[layer.diff_id] = convert(layer, pool, place)
+            made = done[layer.diff_id] = convert(layer, KnownChunks(pool, references), place)
             new_chunks += made.new_chunks
             stored += made.stored_bytes
         placed.append(made)
@@ -194,12 +196,13 @@ def cut_image(
     image = assemble(
         place.directory(),
         [(x.decoded, blake3(x.index).digest()) for x in placed],
-        pool,
+        KnownChunks(pool, references),
         place.announce,
         face=Face.EROFS,
         options="{}",
         limits=LIMITS,
         level=DEFAULT_LEVEL,
+        generation=1,
     )
     sealed = sealed_bytes(image.manifest, image.locations)
     return CutImage(

@@ -7,8 +7,9 @@ from cutting import Convert, CutLayer, LayerBlob, Workplace, convert_by, sealed_
 
 from imagecache.blockimage.extents import PieceBuilder
 from imagecache.blockimage.layerindex import LayerIndex
-from imagecache.blockimage.locations import Location, LocationTable
+from imagecache.blockimage.locations import LocationTable
 from imagecache.build.chunksink import ChunkSink
+from imagecache.build.known import KnownChunks
 from imagecache.chunks import BLOCK
 from imagecache.chunks.codec import DEFAULT_LEVEL
 from imagecache.chunks.cut import squeeze
@@ -18,9 +19,9 @@ def convert_by_grid(blocks: int) -> Convert:
     """Conversion by a grid of `blocks`: the region is made by our rule first, and cut anew."""
     by_rule = convert_by()
 
-    def convert(layer: LayerBlob, known: dict[bytes, Location], place: Workplace) -> CutLayer:
+    def convert(layer: LayerBlob, known: KnownChunks, place: Workplace) -> CutLayer:
         first = Workplace(place.directory(), keep=True)
-        made = by_rule(layer, {}, first)
+        made = by_rule(layer, KnownChunks(), first)
         index = made.decoded
         region = place.directory() / "region"
         write_pieces(
