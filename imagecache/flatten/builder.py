@@ -181,6 +181,8 @@ class FileTableBuilder:
                 raise LimitExceeded(
                     f"{_where(header)}: a symlink leads to the long name {shown(part)}"
                 )
+            if part.startswith(WHITEOUT_PREFIX):
+                raise Rejected(f"{_where(header)}: a symlink leads to the whiteout {shown(part)}")
             made = _Directory(here.below(part))
             self._count_path(len(made.path), header)
             here.children[part] = made

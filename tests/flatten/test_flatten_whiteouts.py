@@ -34,6 +34,14 @@ def test_bad_whiteouts(name: bytes) -> None:
         table_of(TarLayer().file(name).bytes())
 
 
+def test_whiteout_name_through_a_symlink() -> None:
+    """C17: a symlink may point to a whiteout's name, but no directory is made there."""
+    layer = TarLayer().symlink(b"a", b".wh.x")
+    assert flat_listing(layer.bytes()) == {b"a": b"-> .wh.x"}
+    with pytest.raises(Rejected, match="leads to the whiteout"):
+        table_of(layer.file(b"a/b").bytes())
+
+
 def test_aufs_leftovers() -> None:
     """C17: aufs's own files are ignored, whatever they are."""
     layer = (
