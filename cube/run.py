@@ -168,27 +168,27 @@ async def _copy(source: OutputStream, descriptor: int) -> None:
 
 
 async def _feed(process: GuestProcess, descriptor: int) -> None:
-    """Copies the caller's stdin. Pipes and terminals are waited for; files are just read."""
+    """Copies the caller's stdin to the program, and its end."""
+    while content := await _read_ready(descriptor):
+        await process.write_input(content)
+    await process.end_input()
+
+
+async def _read_ready(descriptor: int) -> bytes:
+    """Bytes of a pipe or terminal once there are some. Never read from a thread: one that waits
+    there would keep this process from ending after the program's end.
+    """
     loop = asyncio.get_running_loop()
-    ready = asyncio.Event()
-    waits = True
+    ready: asyncio.Future[None] = loop.create_future()
     try:
-        loop.add_reader(descriptor, ready.set)
-    except (PermissionError, ValueError):
-        waits = False  # epoll takes no regular files, and those never block for long
+        loop.add_reader(descriptor, lambda: ready.done() or ready.set_result(None))
+    except PermissionError:
+        return os.read(descriptor, INPUT_WINDOW)  # epoll takes no regular file: it is always ready
     try:
-        while True:
-            if waits:
-                await ready.wait()
-                ready.clear()
-            content = await asyncio.to_thread(os.read, descriptor, INPUT_WINDOW)
-            if not content:
-                break
-            await process.write_input(content)
-        await process.end_input()
+        await ready
+        return os.read(descriptor, INPUT_WINDOW)
     finally:
-        if waits:
-            loop.remove_reader(descriptor)
+        loop.remove_reader(descriptor)
 
 
 def _write_all(descriptor: int, content: bytes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
@@ -78,8 +79,8 @@ def run_guest(root_export: RootExport, guest_cache: Path) -> Runner:
         finally:
             texts = await out.close(), await err.close()
             if feed:
-                await writer
                 os.close(feed[0])
+                await writer
         return Ran(outcome, *texts)
 
     return runner
@@ -102,5 +103,6 @@ class _Collector:
 
 
 def _pour(descriptor: int, content: bytes) -> None:
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
+    with contextlib.suppress(BrokenPipeError), os.fdopen(descriptor, "wb", 0) as file:
+        while content:
+            content = content[file.write(content) :]
