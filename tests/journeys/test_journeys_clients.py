@@ -60,6 +60,7 @@ def fio_job(uri: str, offset: int, block: str, depth: int, *more: str) -> list[s
         f"--iodepth={depth}",
         "--verify=crc32c",
         "--verify_fatal=1",
+        "--verify_state_save=0",
         "--output-format=json",
         *more,
     ]

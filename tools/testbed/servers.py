@@ -100,12 +100,12 @@ def start_object_store(stage: Stage) -> ObjectStore:
 
 
 def start_proxy(
-    stage: Stage, upstream: str, *, first_byte_ms: float = 0, bytes_per_second: int = 0
+    stage: Stage, upstream: str, *, first_byte_ms: float = 0, bytes_per_second: float = 0
 ) -> Proxy:
     """Starts a counting proxy before `upstream` (`http://HOST:PORT`)."""
     command = [str(ROOT / ".venv/bin/python"), str(ROOT / "tools/counting_proxy.py")]
     command += ["--upstream", upstream, "--first-byte-ms", str(first_byte_ms)]
-    command += ["--bytes-per-second", str(bytes_per_second)]
+    command += ["--bytes-per-second", str(int(bytes_per_second))]
     process = stage.start(command)
     process.wait_until(lambda: process.log.read_bytes().endswith(b"}\n"))
     addresses = json.loads(process.log.read_bytes().splitlines()[-1])
