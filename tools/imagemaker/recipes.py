@@ -265,6 +265,25 @@ _ALL = (
         Settings(command=("java", "-version"), environment=(_PATH,)),
     ),
     Recipe(
+        "redis",
+        1,
+        (Packages(), Packages(("redis-server", "redis-tools"))),
+        Settings(command=("redis-server", "--version"), environment=(_PATH,), user="redis"),
+    ),
+    Recipe(
+        "ruby",
+        1,
+        (Packages(), Packages(("ruby",), compression="zstd")),
+        Settings(command=("ruby", "--version"), environment=(_PATH, "LANG=C.UTF-8")),
+    ),
+    # git's own commands are one program under more than a hundred hard links and symlinks.
+    Recipe(
+        "git",
+        1,
+        (Packages(), Packages(("git", "openssh-client"))),
+        Settings(command=("git", "--version"), environment=(_PATH,)),
+    ),
+    Recipe(
         "torch-cpu",
         1,
         (
