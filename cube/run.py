@@ -181,7 +181,7 @@ async def _read_ready(descriptor: int) -> bytes:
     loop = asyncio.get_running_loop()
     ready: asyncio.Future[None] = loop.create_future()
     try:
-        loop.add_reader(descriptor, lambda: ready.done() or ready.set_result(None))
+        loop.add_reader(descriptor, _settle, ready)
     except PermissionError:
         return os.read(descriptor, INPUT_WINDOW)  # epoll takes no regular file: it is always ready
     try:
@@ -189,6 +189,11 @@ async def _read_ready(descriptor: int) -> bytes:
         return os.read(descriptor, INPUT_WINDOW)
     finally:
         loop.remove_reader(descriptor)
+
+
+def _settle(ready: asyncio.Future[None]) -> None:
+    if not ready.done():
+        ready.set_result(None)
 
 
 def _write_all(descriptor: int, content: bytes) -> None:
