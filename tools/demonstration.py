@@ -44,7 +44,6 @@ PROGRAM = (
     "-c",
     "import numpy; print('numpy', numpy.__version__, 'says', numpy.arange(10).sum())",
 )
-UNSUPPORTED = 78
 STAGES = ("resolve", "pull", "flatten", "store", "commit")
 CONFIG = "[cache]\nbudget_bytes = '8GiB'\nstall_seconds = 5.0\n"
 
@@ -199,7 +198,7 @@ def demonstrate(image: str | None, program: Sequence[str], stage: Stage) -> int:
     timeline.add("export", time.monotonic() - begin, uri)
     chosen = program or (() if image else PROGRAM)
     cold = first_start(host, name, chosen, timeline)
-    in_vm = cold.code != UNSUPPORTED
+    in_vm = bool(cold.events)
     mount = None
     if not in_vm:
         print(f"  no microVM here: {cold.errors.strip()}\n  the same by a lazy mount instead")

@@ -31,14 +31,17 @@ class GuestRun:
 
 
 def run_guest(command: Sequence[str]) -> GuestRun:
-    """Runs `cubecache run --json ...`: stdout is the outcome, stderr the program's output."""
+    """Runs `cubecache run --json ...`: stdout is the outcome, stderr the program's output.
+
+    A run without events is one whose machine did not come up; `errors` then says why.
+    """
     code, out, err, _, end = _run(command)
     try:
         outcome = json.loads(out)
         timeline: dict[str, float] = outcome["timeline"]
         before = float(outcome["export_seconds"])
     except (ValueError, KeyError, TypeError):
-        return GuestRun(code, "", out + err, end, ())
+        return GuestRun(code, "", _why(out) or err or out, end, ())
     _show(err)
     named = [(f"microVM: {name}", at) for name, at in timeline.items()]
     first = before + timeline.get("first-output", timeline.get("exit", end))
@@ -59,6 +62,15 @@ def run_program(command: Sequence[str]) -> GuestRun:
     events = [("program: first output", first)] if first is not None else []
     events.append(("program: end", end))
     return GuestRun(code, out, err, end if first is None else first, tuple(events))
+
+
+def _why(out: str) -> str:
+    """The message of an error object, or nothing where it is none."""
+    try:
+        error = json.loads(out)["error"]
+        return f"{error['message']} ({error['remedy']})" if error["remedy"] else error["message"]
+    except (ValueError, KeyError, TypeError):
+        return ""
 
 
 def _show(output: str) -> None:
