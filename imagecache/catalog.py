@@ -58,13 +58,13 @@ class Catalog:
 
     async def active_generation(self) -> int:
         """The generation that new objects go into; the first is opened on first use."""
-        known = await self.generations()
-        active = [generation.number for generation in known if generation.state is State.ACTIVE]
-        if active:
-            return max(active)
-        number = max((generation.number for generation in known), default=0) + 1
-        await self.mark(number, State.ACTIVE)
-        return number
+        while True:
+            known = await self.generations()
+            active = [each.number for each in known if each.state is State.ACTIVE]
+            if active:
+                return max(active)
+            number = max((each.number for each in known), default=0) + 1
+            await self.mark(number, State.ACTIVE)
 
     async def state_of(self, number: int) -> State:
         """The state of one generation; DELETED for one that nobody knows."""

@@ -32,6 +32,11 @@ class State(IntEnum):
         """The state as keys and records name it."""
         return self.name.lower()
 
+    @property
+    def readable(self) -> bool:
+        """Whether reads may happen under a generation in this state."""
+        return self < State.EXPIRED
+
 
 @dataclass(frozen=True, slots=True)
 class Generation:
@@ -44,7 +49,7 @@ class Generation:
     @property
     def readable(self) -> bool:
         """Whether reads may happen under it."""
-        return self.state < State.EXPIRED
+        return self.state.readable
 
     def since(self, state: State) -> float | None:
         """When a state was reached, by the store's clock; None without its marker."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -83,20 +83,20 @@ class ReaderLease:
                 error,
             )
 
-    async def renew(self) -> None:
-        """Writes the lease again."""
-        if self._held:
-            await self._write()
+    async def renew(self) -> list[Held]:
+        """Writes the lease again; as `hold`."""
+        return await self.hold(self._held) if self._held else []
 
-    def start(self) -> None:
-        """Renews in the background until `close`."""
-        self._task = asyncio.create_task(self._keep(), name="reader lease")
+    def start(self, moved: Callable[[list[Held]], Awaitable[None]]) -> None:
+        """Renews in the background until `close`; `moved` is given what has to be looked up."""
+        self._task = asyncio.create_task(self._keep(moved), name="reader lease")
 
-    async def _keep(self) -> None:
+    async def _keep(self, moved: Callable[[list[Held]], Awaitable[None]]) -> None:
         while True:
             await asyncio.sleep(self._ttl_seconds / 3)
             try:
-                await self.renew()
+                if stale := await self.renew():
+                    await moved(stale)
             except CubecacheError as error:
                 log.warning("reader lease not renewed: %s", error)
 
