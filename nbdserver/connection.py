@@ -249,7 +249,7 @@ class Connection:
         alone = turn.last is self
         turn.last = self
         # Again: what arrives while a batch is answered is taken without a turn of the loop.
-        for _ in range(16 if self._partial is not None else 4):
+        for _ in range(4):
             if not self._can_read():
                 self._stop_reading()
                 return
@@ -293,7 +293,7 @@ class Connection:
 
         Answers the bytes received, or -1: nothing came, or the socket broke.
         """
-        if self._patience <= 0 and self._partial is None:
+        if self._patience <= 0:
             # It did not pay lately; now and then it is tried again.
             self._patience -= 1
             if self._patience > -_LEAST_PATIENCE:

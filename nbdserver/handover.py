@@ -324,7 +324,7 @@ async def _prepare(
 ) -> Connection | None:
     """A connection ready to start, or None (and closed): its export is no longer the same."""
     # The document's flags of one session; those of the handshake are not the device's.
-    of_the_device = ~int(ExportFlag.SEND_DF | ExportFlag.BLOCK_STATUS_PAYLOAD)
+    of_the_device = ~(ExportFlag.SEND_DF | ExportFlag.BLOCK_STATUS_PAYLOAD)
     try:
         device = await listener.exports.open(state.name)
     except Exception:

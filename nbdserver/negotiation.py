@@ -50,7 +50,7 @@ class TlsPolicy:
 def export_facts(name: str, device: Device) -> ExportFacts:
     """What the handshake tells of a device."""
     sizes = device.block_sizes
-    flags = ExportFlag.HAS_FLAGS
+    flags: int = ExportFlag.HAS_FLAGS
     for wanted, flag in (
         (device.read_only, ExportFlag.READ_ONLY),
         (device.can_flush, ExportFlag.SEND_FLUSH),
@@ -70,7 +70,7 @@ def export_facts(name: str, device: Device) -> ExportFacts:
     return ExportFacts(
         name=name,
         size=device.size,
-        flags=int(flags),
+        flags=flags,
         minimum=sizes.minimum,
         preferred=sizes.preferred,
         maximum=sizes.maximum,

@@ -6,9 +6,9 @@ little. Memory that is used again needs no page faults, which cost more than the
 
 import mmap
 
-_SMALL = 64 << 10
+_SMALL = 4 << 10
 _KEPT_BYTES = 16 << 20
-_KEPT_SIZES = (256 << 10, 1 << 20, 2 << 20, 4 << 20)
+_KEPT_SIZES = (64 << 10, 256 << 10, 1 << 20, 2 << 20, 4 << 20)
 
 
 class PayloadPool:

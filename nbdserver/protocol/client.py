@@ -61,7 +61,7 @@ class ClientHandshake:
             if not flags & HandshakeFlag.FIXED_NEWSTYLE:
                 raise ProtocolViolation("the server does not speak fixed newstyle NBD")
             self._greeted = True
-            output = (int(HandshakeFlag.FIXED_NEWSTYLE)).to_bytes(4, "big") + self._go()
+            output = HandshakeFlag.FIXED_NEWSTYLE.to_bytes(4, "big") + self._go()
         while self.export is None and len(self._input) >= _REPLY.size:
             magic, option, kind, length = _REPLY.unpack_from(self._input)
             if magic != OPTION_REPLY_MAGIC or option != Option.GO or length > _MAX_REPLY:

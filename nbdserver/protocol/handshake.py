@@ -127,7 +127,7 @@ class Handshake:
     def _take_client_flags(self) -> None:
         (flags,) = _CLIENT_FLAGS.unpack_from(self._input, 0)
         del self._input[:4]
-        if flags & ~int(HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES):
+        if flags & ~(HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES):
             raise ProtocolViolation(f"unknown client flags {flags:#x}")
         self._client_flags = flags
         if not flags & HandshakeFlag.FIXED_NEWSTYLE and self._tls is TlsMode.REQUIRED:

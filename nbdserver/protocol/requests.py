@@ -28,16 +28,15 @@ _EXTENDED = Struct(">Q8sQQ")
 _LENGTH_OFFSET = Struct(">IQ")
 _OFFSET_LENGTH_OFFSET = Struct(">QQQ")
 
-# Plain integers: inverting an IntFlag would forget the bits that it has no name for.
 _KNOWN_FLAGS: dict[int, int] = {
-    Command.READ: int(CommandFlag.DF),
+    Command.READ: CommandFlag.DF,
     Command.WRITE: 0,
     Command.DISC: 0,
     Command.FLUSH: 0,
     Command.TRIM: 0,
     Command.CACHE: 0,
-    Command.WRITE_ZEROES: int(CommandFlag.NO_HOLE | CommandFlag.FAST_ZERO),
-    Command.BLOCK_STATUS: int(CommandFlag.REQ_ONE),
+    Command.WRITE_ZEROES: CommandFlag.NO_HOLE | CommandFlag.FAST_ZERO,
+    Command.BLOCK_STATUS: CommandFlag.REQ_ONE,
 }
 _WRITES = frozenset((Command.WRITE, Command.TRIM, Command.WRITE_ZEROES))
 _NEEDS_FLAG: dict[int, int] = {
@@ -154,11 +153,11 @@ def check_request(request: Request, session: Session) -> int:
         if command == Command.WRITE:
             if not flags & CommandFlag.PAYLOAD_LEN:
                 return EINVAL
-            known |= int(CommandFlag.PAYLOAD_LEN)
+            known |= CommandFlag.PAYLOAD_LEN
         elif command == Command.BLOCK_STATUS and export & ExportFlag.BLOCK_STATUS_PAYLOAD:
-            known |= int(CommandFlag.PAYLOAD_LEN)
+            known |= CommandFlag.PAYLOAD_LEN
     # Where FUA is advertised the document has it accepted on every command, reads too.
-    if flags & ~(known | int(CommandFlag.FUA)):
+    if flags & ~(known | CommandFlag.FUA):
         return EINVAL
     if flags & CommandFlag.FUA and not export & ExportFlag.SEND_FUA:
         return EINVAL
