@@ -267,6 +267,7 @@ def test_fio_verify(writable, pattern):
         "--verify=crc32c",
         "--verify_fatal=1",
         "--do_verify=1",
+        "--verify_state_save=0",
         "--output-format=terse",
     )
 
