@@ -142,11 +142,17 @@ class Bench:
     registry: Registry
     registry_proxy: Proxy
     vm: bool
+    folders: int = 0
 
     def settings(self, name: str, *, shaped: bool) -> Settings:
         """A host of its own; `shaped` reaches the store through the shaper."""
         url = self.objects.url(self.objects_proxy.endpoint if shaped else None)
         return load_settings(os.environ, state_dir=self.stage.folder / name, store=url)
+
+    def fresh_folder(self) -> Path:
+        """A path that nothing was mounted below before."""
+        self.folders += 1
+        return self.stage.folder / f"run-{self.folders}"
 
     def forget_host(self, name: str) -> None:
         """Removes a host's state."""
@@ -189,7 +195,16 @@ def writable(root: Path, folder: Path) -> Iterator[Path]:
         yield merged
     finally:
         for path in reversed(mounted):
-            subprocess.run(["umount", "-l", str(path)], check=False)
+            unmount(path)
+
+
+def unmount(path: Path) -> None:
+    """Unmounts for good: a lazy one would leave a loop device that the next mount finds."""
+    for _ in range(100):
+        if not subprocess.run(["umount", str(path)], check=False, capture_output=True).returncode:
+            return
+        time.sleep(0.05)
+    raise SystemExit(f"startup: {path} is busy")
 
 
 def run_program(root: Path, load: Load, environment: Sequence[str]) -> float:
@@ -235,7 +250,7 @@ async def lazily(bench: Bench, settings: Settings, load: Load, reference: str, k
     bench.objects_proxy.reset()
     if bench.vm:
         return await asyncio.to_thread(in_machine, bench, settings, load, reference, kind)
-    folder = bench.stage.folder / "lazy"
+    folder = bench.fresh_folder()
     directory = folder / "root"
     directory.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
@@ -373,9 +388,9 @@ async def learn(bench: Bench, load: Load, settings: Settings, reference: str) ->
 
 def mount_and_run(bench: Bench, load: Load, uri: str) -> None:
     """The program over an export that exists already."""
-    folder = bench.stage.folder / "learn"
-    (folder / "fuse").mkdir(parents=True, exist_ok=True)
-    (folder / "root").mkdir(exist_ok=True)
+    folder = bench.fresh_folder()
+    (folder / "fuse").mkdir(parents=True)
+    (folder / "root").mkdir()
     disk = folder / "fuse/disk"
     fuse = subprocess.Popen(["nbdfuse", "-r", str(disk), uri])
     try:
@@ -387,7 +402,7 @@ def mount_and_run(bench: Bench, load: Load, uri: str) -> None:
             with writable(folder / "root", folder / "over") as root:
                 run_program(root, load, environment_of(RECIPES[load.image]))
         finally:
-            subprocess.run(["umount", "-l", str(folder / "root")], check=False)
+            unmount(folder / "root")
     finally:
         subprocess.run(["fusermount3", "-u", "-z", str(folder / "fuse")], check=False)
         fuse.wait()
