@@ -14,9 +14,10 @@ from blake3 import blake3
 
 from imagecache.blockimage.extents import PieceBuilder
 from imagecache.blockimage.layerindex import LayerIndex
-from imagecache.blockimage.locations import Location, LocationTable
+from imagecache.blockimage.locations import LocationTable
 from imagecache.blockimage.manifest import BlockManifest, Face, PlacedLayer
 from imagecache.build.chunksink import ChunkSink, FinishedPack
+from imagecache.build.known import KnownChunks
 from imagecache.chunks import BLOCK, MAX_CHUNK_BYTES
 from imagecache.chunks.cut import squeeze
 from imagecache.faces.erofs import write_erofs
@@ -40,7 +41,7 @@ class AssembledImage:
 def assemble(
     directory: Path,
     layers: Sequence[tuple[LayerIndex, bytes]],
-    known: dict[bytes, Location],
+    known: KnownChunks,
     announce: Callable[[FinishedPack], None],
     *,
     face: Face,
@@ -51,12 +52,16 @@ def assemble(
 ) -> AssembledImage:
     """Assembles the image of `layers`, bottom first, each with its index's digest.
 
-    `known` must hold every chunk of the layers. Raises Rejected where the tree breaks a limit.
+    `known.image` must hold every chunk of the layers. Raises Rejected where the tree breaks a
+    limit.
     """
     tables = [FileTable.decode(index.file_table, limits) for index, _ in layers]
     region = write_face(merge(tables), face, options)
     plan = region.plan
-    sink = ChunkSink(directory, known, announce, generation=generation, level=level)
+    # A metadata region is few chunks, each read by itself: a run of one is long enough.
+    sink = ChunkSink(
+        directory, known, announce, generation=generation, level=level, least_run_bytes=0
+    )
     laid = []
     for section in region.sections:
         for at in range(0, len(section), MAX_CHUNK_BYTES):

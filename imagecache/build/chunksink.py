@@ -12,6 +12,8 @@ from typing import BinaryIO
 
 from imagecache.blockimage.extents import ChunkList
 from imagecache.blockimage.locations import Location, pack_name
+from imagecache.build.known import KnownChunks
+from imagecache.build.reuse import LEAST_RUN_BYTES, ReuseRuns
 from imagecache.chunks import BLOCK, chunk_digest
 from imagecache.chunks.codec import DEFAULT_LEVEL, ChunkEncoder
 from imagecache.packs.pack import PackWriter
@@ -31,11 +33,13 @@ class FinishedPack:
 
 
 @dataclass(frozen=True, slots=True)
-class _Encoded:
+class _Hashed:
+    """A chunk with its digest, and its stored form where nothing was known of it."""
+
     digest: bytes
-    blocks: int
-    codec: int
-    stored: bytes  # empty where the chunk was known already
+    plaintext: bytes
+    codec: int = 0
+    stored: bytes = b""  # empty where the chunk was known already
 
 
 class ChunkSink:
@@ -48,17 +52,19 @@ class ChunkSink:
     def __init__(
         self,
         directory: Path,
-        known: dict[bytes, Location],
+        known: KnownChunks,
         announce: Callable[[FinishedPack], None],
         *,
         generation: int = 1,
         level: int = DEFAULT_LEVEL,
+        least_run_bytes: int = LEAST_RUN_BYTES,
     ) -> None:
         self.digests: list[bytes] = []
         self.new_chunks = 0
         self.stored_bytes = 0
         self._directory = directory
         self._known = known
+        self._runs: ReuseRuns[_Hashed] = ReuseRuns(least_run_bytes)
         self._announce = announce
         self._level = level
         self._generation = generation
@@ -66,7 +72,7 @@ class ChunkSink:
         self._pack_names: list[bytes] = []
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="encode")
         self._local = threading.local()
-        self._pending: deque[Future[_Encoded]] = deque()
+        self._pending: deque[Future[_Hashed]] = deque()
         self._writer: PackWriter | None = None
         self._file: BinaryIO | None = None
 
@@ -74,39 +80,55 @@ class ChunkSink:
         """Queues one chunk; its digest stands at the returned index of `digests` after `finish`."""
         if len(self._pending) >= IN_FLIGHT:
             self._drain_one()
-        self._pending.append(self._pool.submit(self._encode, plaintext))
+        self._pending.append(self._pool.submit(self._take, plaintext))
         return len(self.digests) + len(self._pending) - 1
 
-    def _encode(self, plaintext: bytes) -> _Encoded:
+    def _take(self, plaintext: bytes) -> _Hashed:
         digest = chunk_digest(plaintext)
-        blocks = len(plaintext) // BLOCK
         if digest in self._known or digest in self._places:
-            return _Encoded(digest, blocks, 0, b"")
+            return _Hashed(digest, plaintext)
+        return self._encode(_Hashed(digest, plaintext))
+
+    def _encode(self, chunk: _Hashed) -> _Hashed:
         encoder = getattr(self._local, "encoder", None)
         if encoder is None:
             encoder = self._local.encoder = ChunkEncoder(self._level)
-        codec, stored = encoder.encode(plaintext)
-        return _Encoded(digest, blocks, codec, stored)
+        codec, stored = encoder.encode(chunk.plaintext)
+        return _Hashed(chunk.digest, chunk.plaintext, codec, stored)
 
     def _drain_one(self) -> None:
-        encoded = self._pending.popleft().result()
-        self.digests.append(encoded.digest)
-        if encoded.digest in self._known or encoded.digest in self._places:
+        chunk = self._pending.popleft().result()
+        digest = chunk.digest
+        self.digests.append(digest)
+        # What this image has elsewhere is there already when a reader comes to it again.
+        if digest in self._places or digest in self._known.image or digest in self._runs:
             return
+        place = self._known.references.get(digest)
+        if place is not None:
+            self._store_all(self._runs.add(digest, place, chunk, len(chunk.plaintext)))
+            return
+        self._store_all(self._runs.end())
+        self._store(chunk)
+
+    def _store_all(self, chunks: list[_Hashed]) -> None:
+        """Stores known chunks of runs that are too short."""
+        for chunk in self._pool.map(self._encode, chunks):
+            self._store(chunk)
+
+    def _store(self, chunk: _Hashed) -> None:
         if self._writer is None or self._file is None:
             self._writer = PackWriter()
             self._file = (self._directory / f"pack-{len(self._pack_names):05d}").open("wb")
             self._file.write(self._writer.start())
         offset = self._writer.length
+        blocks = len(chunk.plaintext) // BLOCK
         self._file.write(
-            self._writer.add(
-                encoded.digest, encoded.stored, blocks=encoded.blocks, codec=encoded.codec
-            )
+            self._writer.add(chunk.digest, chunk.stored, blocks=blocks, codec=chunk.codec)
         )
-        place = (len(self._pack_names), offset, len(encoded.stored), encoded.codec)
-        self._places[encoded.digest] = place
+        place = (len(self._pack_names), offset, len(chunk.stored), chunk.codec)
+        self._places[chunk.digest] = place
         self.new_chunks += 1
-        self.stored_bytes += len(encoded.stored)
+        self.stored_bytes += len(chunk.stored)
         if self._writer.is_full():
             self._close_pack()
 
@@ -126,6 +148,7 @@ class ChunkSink:
         """Writes what is pending and closes the last pack."""
         while self._pending:
             self._drain_one()
+        self._store_all(self._runs.end())
         self._close_pack()
         self._pool.shutdown()
 
@@ -135,7 +158,7 @@ class ChunkSink:
 
     def _locate(self, digest: bytes) -> Location:
         place = self._places.get(digest)
-        if place is None:
-            return self._known[digest]
-        pack, offset, length, codec = place
-        return Location(self._pack_names[pack], offset, length, codec, 0)
+        if place is not None:
+            pack, offset, length, codec = place
+            return Location(self._pack_names[pack], offset, length, codec, 0)
+        return self._known.image.get(digest) or self._runs.reused[digest]

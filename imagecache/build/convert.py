@@ -17,8 +17,9 @@ from blake3 import blake3
 
 from imagecache.blockimage.extents import PieceBuilder
 from imagecache.blockimage.layerindex import LayerIndex
-from imagecache.blockimage.locations import Location, LocationTable
+from imagecache.blockimage.locations import LocationTable
 from imagecache.build.chunksink import ChunkSink, FinishedPack
+from imagecache.build.known import KnownChunks
 from imagecache.chunks import BLOCK
 from imagecache.chunks.cut import FORMAT_CUT_RULE, CutRule, blocks_of, squeeze
 from imagecache.errors import Rejected
@@ -50,7 +51,7 @@ class LayerConverter:
     def __init__(
         self,
         directory: Path,
-        known: dict[bytes, Location],
+        known: KnownChunks,
         announce: Callable[[FinishedPack], None],
         progress: Callable[[int], None],
         *,

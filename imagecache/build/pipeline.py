@@ -6,23 +6,24 @@ import asyncio
 import logging
 import shutil
 import time
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Callable, Coroutine
+from contextlib import aclosing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from imagecache.blockimage.generations import State
 from imagecache.blockimage.keys import FORMAT_VERSION, ImageKey, SealedKind
 from imagecache.blockimage.locations import LocationTable
 from imagecache.blockimage.manifest import BlockManifest, Face
 from imagecache.blockimage.records import LayerRecord, RootRecord
+from imagecache.build.downloads import Download, Downloads
 from imagecache.build.progress import BuildResult, Progress, Report, Stage
 from imagecache.build.spool import Spool
-from imagecache.build.workers import run_worker
+from imagecache.build.workers import Worker
 from imagecache.catalog import AliasName, Catalog
 from imagecache.chunks.codec import DEFAULT_LEVEL
-from imagecache.errors import Busy, NotFound
+from imagecache.errors import Busy, LimitExceeded, NotFound, Rejected
 from imagecache.flatten.limits import Limits
 from imagecache.leases.build import BuildLease, BuildLeases, LeaseLost
 from imagecache.oci.platform import Platform
@@ -30,6 +31,7 @@ from imagecache.oci.source import ImageLayer, ImageSource, ResolvedImage
 from imagecache.tasks import task_group
 
 log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 UPLOADS = 4
 ATTEMPTS = 3
@@ -108,10 +110,9 @@ class Builder:
             except LeaseLost as error:
                 log.warning("starting over: %s", error)
                 continue
-            moved = await self._point(alias, str(image.digest))
+            await self._point(alias, str(image.digest))
             # What is written while its generation closes may have missed the collector's look.
-            settled = result is None and not moved
-            if settled or await self.catalog.state_of(root.generation) is State.ACTIVE:
+            if await self._settled(root):
                 break
         else:
             raise Busy(
@@ -137,15 +138,16 @@ class Builder:
         async with met.kept():
             return await job.run(platform)
 
-    async def _point(self, alias: AliasName, image: str) -> bool:
-        """Points the name at the image; False where it did already."""
+    async def _settled(self, root: RootRecord) -> bool:
+        return await self.catalog.state_of(root.generation) is State.ACTIVE
+
+    async def _point(self, alias: AliasName, image: str) -> None:
         try:
             if (await self.catalog.alias(alias)).image == image:
-                return False
+                return
         except NotFound:
             pass
         await self.catalog.put_alias(alias, image)
-        return True
 
 
 def _result_of(root: RootRecord, alias: AliasName) -> BuildResult:
@@ -177,6 +179,9 @@ class _Job:
     downloaded_bytes: int = 0
     new_chunks: int = 0
     stages: dict[str, float] = field(default_factory=dict)
+    worker: Worker = field(default_factory=Worker)
+    stores: asyncio.TaskGroup = field(init=False)
+    places: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(UPLOADS))
 
     async def run(self, platform: Platform) -> tuple[RootRecord, BuildResult]:
         layers = list(dict.fromkeys(self.image.layers))
@@ -188,20 +193,30 @@ class _Job:
         await asyncio.to_thread(self.spool.require_room, largest)
         known = await self._references()
         placed: dict[Any, _Placed] = {}
+        downloads = Downloads(self.source, self.spool, self.report)
         try:
-            async with self._downloads(missing) as ready:
+            async with task_group() as self.stores, downloads.running(missing) as coming:
+                if missing:
+                    await self.worker.start()
                 for number, layer in enumerate(layers, 1):
                     record = records[layer.diff_id]
                     if record is None:
-                        await ready[layer.diff_id]
-                        pairs = [x.pair() for x in (*placed.values(), *known)]
                         placed[layer.diff_id] = await self._convert(
-                            layer, number, len(layers), pairs
+                            coming[layer.diff_id],
+                            number,
+                            len(layers),
+                            {
+                                "known": [x.pair() for x in placed.values()],
+                                "references": [x.pair() for x in known],
+                            },
                         )
                     else:
                         placed[layer.diff_id] = await self._fetch_layer(record, number)
-            root = await self._assemble(placed, known, platform)
+                root = await self._assemble(placed, known, platform)
         finally:
+            self.downloaded_bytes = downloads.downloaded_bytes
+            self.stages[Stage.PULL] = downloads.seconds
+            await self.worker.close()
             await asyncio.to_thread(shutil.rmtree, self.spool.work, ignore_errors=True)
         with self._timed(Stage.COMMIT):
             self.report(Progress(Stage.COMMIT, 0, len(layers)))
@@ -231,78 +246,73 @@ class _Job:
             spent = time.monotonic() - started
             self.stages[stage] = self.stages.get(stage, 0.0) + spent
 
-    @asynccontextmanager
-    async def _downloads(
-        self, missing: Iterable[ImageLayer]
-    ) -> AsyncIterator[dict[Any, asyncio.Future[None]]]:
-        """Downloads blobs one after another, ahead of the conversions; a future per diff id."""
-        layers = list(missing)
-        loop = asyncio.get_running_loop()
-        ready = {layer.diff_id: loop.create_future() for layer in layers}
-
-        async def download() -> None:
-            for number, layer in enumerate(layers, 1):
-                try:
-                    with self._timed(Stage.PULL):
-                        await self._pull(layer, number, len(layers))
-                except Exception as error:
-                    ready[layer.diff_id].set_exception(error)
-                    return
-                ready[layer.diff_id].set_result(None)
-
-        task = asyncio.create_task(download())
-        try:
-            yield ready
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-            for future in ready.values():
-                if future.done() and not future.cancelled():
-                    future.exception()
-                else:
-                    future.cancel()
-
-    async def _pull(self, layer: ImageLayer, number: int, layers: int) -> None:
-        size = layer.descriptor.size
-        target = self.spool.blob(str(layer.descriptor.digest))
-        if await asyncio.to_thread(target.exists):
-            return  # a resumed build: only verified blobs carry the final name
-        self.report(Progress(Stage.PULL, number, layers, 0, size))
-        await self.source.fetch_blob(
-            layer.descriptor,
-            target,
-            lambda done: self.report(Progress(Stage.PULL, number, layers, done, size)),
-        )
-        self.downloaded_bytes += size
-
     async def _convert(
-        self, layer: ImageLayer, number: int, layers: int, known: list[tuple[str, str]]
+        self,
+        download: Download,
+        number: int,
+        layers: int,
+        known: dict[str, list[tuple[str, str]]],
     ) -> _Placed:
+        """Converts a blob while it arrives; what is stored of it counts once it is verified."""
+        await download.begun.wait()
+        layer = download.layer
         directory = await asyncio.to_thread(self.spool.directory, f"layer-{number}")
-        blob = self.spool.blob(str(layer.descriptor.digest))
         job = {
             "kind": "layer",
-            "blob": str(blob),
+            "blob": str(download.path),
+            "blob_bytes": layer.descriptor.size,
             "diff_id": str(layer.diff_id),
             "directory": str(directory),
-            "known": known,
+            **known,
         }
+
+        def progress(done: int) -> None:
+            self.report(Progress(Stage.FLATTEN, number, layers, done, layer.descriptor.size))
+
         with self._timed(Stage.FLATTEN):
-            await self._work(
-                job,
-                lambda done: self.report(
-                    Progress(Stage.FLATTEN, number, layers, done, layer.descriptor.size)
-                ),
-            )
+            try:
+                packs = await self._while_it_arrives(download, self._work(job, progress))
+            except (Rejected, LimitExceeded):
+                await download.done
+                if not download.began_anew:
+                    raise
+                # What the worker read was replaced by the download's second attempt.
+                packs = await self._work(job, progress)
+        self.stores.create_task(self._store_layer(download, directory, packs))
+        return _Placed(directory / "index", directory / "locations")
+
+    async def _while_it_arrives(self, download: Download, work: Coroutine[Any, Any, _T]) -> _T:
+        """The work's result, once the download is verified too; its error ends the work."""
+        task = asyncio.create_task(work)
+        try:
+            both: set[asyncio.Future[Any]] = {task, download.done}
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                await download.done
+            result = await task
+            await download.done
+            return result
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+
+    async def _store_layer(
+        self, download: Download, directory: Path, packs: list[asyncio.Task[None]]
+    ) -> None:
+        """Stores a converted layer beside the next one's conversion, its record last."""
         with self._timed(Stage.STORE):
+            if packs:
+                await asyncio.wait(packs)
+                for pack in packs:
+                    await pack
             index = await self._put("indexes", directory / "index")
             locations = await self._put("locations", directory / "locations")
-            packs = await asyncio.to_thread(_packs_named, directory / "locations")
-            record = LayerRecord(str(layer.diff_id), index.hex(), locations.hex(), packs)
+            named = await asyncio.to_thread(_packs_named, directory / "locations")
+            record = LayerRecord(str(download.layer.diff_id), index.hex(), locations.hex(), named)
             await self.catalog.put_layer(record, self.generation)
             self.stored_bytes += len(record.encode())
-        await asyncio.to_thread(blob.unlink, missing_ok=True)
-        return _Placed(directory / "index", directory / "locations")
+        await asyncio.to_thread(download.path.unlink, missing_ok=True)
 
     async def _put(self, kind: SealedKind, path: Path) -> bytes:
         name, stored = await self.catalog.put_sealed(
@@ -311,8 +321,10 @@ class _Job:
         self.stored_bytes += stored
         return name
 
-    async def _work(self, job: dict[str, Any], progress: Any) -> dict[str, Any]:
-        """Runs a worker and stores its packs as they come; its "done" event."""
+    async def _work(
+        self, job: dict[str, Any], progress: Callable[[int], None]
+    ) -> list[asyncio.Task[None]]:
+        """Runs a worker; its packs are stored as they come, by the tasks returned."""
         settings = self.settings
         job |= {
             "limits": asdict(settings.limits),
@@ -320,20 +332,20 @@ class _Job:
             "memory_bytes": settings.worker_memory_bytes,
             "generation": self.generation,
         }
-        places = asyncio.Semaphore(UPLOADS)
-        done: dict[str, Any] = {}
-        async with task_group() as uploads:
-            async for event in run_worker(job, deadline_seconds=settings.deadline_seconds):
+        packs: list[asyncio.Task[None]] = []
+        events = self.worker.run(job, deadline_seconds=settings.deadline_seconds)
+        async with aclosing(events):
+            async for event in events:
                 if event["event"] == "progress":
                     progress(event["bytes"])
                 elif event["event"] == "pack":
-                    await places.acquire()
-                    task = uploads.create_task(self._store_pack(event))
-                    task.add_done_callback(lambda _: places.release())
+                    await self.places.acquire()
+                    task = self.stores.create_task(self._store_pack(event))
+                    task.add_done_callback(lambda _: self.places.release())
+                    packs.append(task)
                 else:
-                    done = event
-        self.new_chunks += done["new_chunks"]
-        return done
+                    self.new_chunks += event["new_chunks"]
+        return packs
 
     async def _store_pack(self, event: dict[str, Any]) -> None:
         path = Path(event["path"])
@@ -396,7 +408,7 @@ class _Job:
                     "kind": "image",
                     "directory": str(directory),
                     "layers": [placed[layer.diff_id].pair() for layer in image.layers],
-                    "known": [x.pair() for x in known],
+                    "references": [x.pair() for x in known],
                     "face": int(self.key.face),
                     "options": self.key.options,
                 },

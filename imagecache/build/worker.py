@@ -1,4 +1,4 @@
-"""The worker process: one job on stdin, JSON lines on stdout, then it ends.
+"""The worker process: jobs on stdin, a line each; JSON lines on stdout; it ends with its stdin.
 
 `python -m imagecache.build.worker` reads {"kind": "layer" | "image", ...}; events are
 {"event": "pack" | "progress" | "done" | "error", ...}. It parses hostile bytes, so its parent
@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import resource
 import sys
+import threading
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,8 @@ from imagecache.blockimage.manifest import Face
 from imagecache.build.assemble import assemble
 from imagecache.build.chunksink import FinishedPack
 from imagecache.build.convert import LayerConverter
-from imagecache.build.known import known_chunks
+from imagecache.build.growing import open_blob
+from imagecache.build.known import KnownChunks, in_few_packs, known_chunks
 from imagecache.errors import CubecacheError, as_record
 from imagecache.flatten.limits import Limits
 
@@ -43,16 +46,20 @@ def announce(pack: FinishedPack) -> None:
 def run_layer(job: dict[str, Any]) -> dict[str, Any]:
     """Converts one layer; the index and location table are left in the output directory."""
     directory = Path(job["directory"])
+    known = KnownChunks(
+        image=known_chunks(_pairs(job["known"])),
+        references=in_few_packs(known_chunks(_pairs(job["references"]))),
+    )
     converter = LayerConverter(
         directory,
-        known_chunks([(Path(a), Path(b)) for a, b in job["known"]]),
+        known,
         announce,
         lambda count: emit("progress", bytes=count),
         limits=_limits(job),
         level=job["level"],
         generation=job["generation"],
     )
-    with Path(job["blob"]).open("rb") as blob:
+    with open_blob(Path(job["blob"]), job["blob_bytes"]) as blob:
         result = converter.convert(blob, job["diff_id"])
     (directory / "index").write_bytes(result.index)
     (directory / "locations").write_bytes(result.locations)
@@ -67,15 +74,19 @@ def run_layer(job: dict[str, Any]) -> dict[str, Any]:
 def run_image(job: dict[str, Any]) -> dict[str, Any]:
     """Assembles one image; the manifest and location table are left in the output directory."""
     directory = Path(job["directory"])
-    pairs = [(Path(a), Path(b)) for a, b in job["layers"]]
+    pairs = _pairs(job["layers"])
     layers = []
     for index_path, _ in pairs:
         plaintext = index_path.read_bytes()
         layers.append((LayerIndex.decode(plaintext), blake3(plaintext).digest()))
+    known = KnownChunks(
+        image=known_chunks(pairs),
+        references=in_few_packs(known_chunks(_pairs(job["references"]))),
+    )
     result = assemble(
         directory,
         layers,
-        known_chunks(pairs + [(Path(a), Path(b)) for a, b in job["known"]]),
+        known,
         announce,
         face=Face(job["face"]),
         options=job["options"],
@@ -88,21 +99,41 @@ def run_image(job: dict[str, Any]) -> dict[str, Any]:
     return {"new_chunks": result.new_chunks, "stored_bytes": result.stored_bytes}
 
 
+def _pairs(paths: list[list[str]]) -> list[tuple[Path, Path]]:
+    return [(Path(subject), Path(table)) for subject, table in paths]
+
+
 def _limits(job: dict[str, Any]) -> Limits:
     known = {field.name for field in fields(Limits)}
     return Limits(**{name: value for name, value in job["limits"].items() if name in known})
 
 
 def main() -> int:
-    """Runs the job on stdin; exit status 0 even for a typed error, which is an event."""
-    job = json.loads(sys.stdin.buffer.read(JOB_LIMIT))
+    """Runs the jobs on stdin; a typed error is an event, and the last one."""
+    os.umask(0o077)
+    jobs: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(jobs,), daemon=True).start()
+    while run_job(json.loads(jobs.get())):
+        pass
+    return 0
+
+
+def _listen(jobs: queue.SimpleQueue[bytes]) -> None:
+    """Passes jobs on; without a parent nobody wants their results, so the process ends at once."""
+    while line := sys.stdin.buffer.readline(JOB_LIMIT):
+        jobs.put(line)
+    os._exit(0)
+
+
+def run_job(job: dict[str, Any]) -> bool:
+    """Runs one job; False after an error, when what it left behind may be half done."""
     limit = job.get("memory_bytes", 0)
     if limit:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    os.umask(0o077)
     kinds = {"layer": run_layer, "image": run_image}
     try:
         emit("done", **kinds[job["kind"]](job))
+        return True
     except CubecacheError as error:
         emit("error", **as_record(error))
     except MemoryError:
@@ -114,7 +145,7 @@ def main() -> int:
         )
     except OSError as error:
         emit("error", kind="NoSpace" if error.errno == 28 else "Unavailable", message=str(error))
-    return 0
+    return False
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from imagecache.errors import LimitExceeded, Rejected, Unavailable, from_record
@@ -15,66 +15,83 @@ from imagecache.errors import LimitExceeded, Rejected, Unavailable, from_record
 _EVENT_LIMIT = 1 << 20
 
 
-async def run_worker(
-    job: dict[str, Any], *, deadline_seconds: float
-) -> AsyncIterator[dict[str, Any]]:
-    """The events of one job, the last being "done".
+class Worker:
+    """One worker process for the jobs of one build, one after another.
 
-    Raises the worker's own typed error, LimitExceeded past the deadline, and Rejected when the
-    process died without a word (a parser that was killed parsed something hostile).
+    A job that fails, or that nobody waits for any more, takes the process with it; the next job
+    starts another one.
     """
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "imagecache.build.worker",
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        limit=_EVENT_LIMIT,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-    )
-    stderr = asyncio.create_task(_tail(process.stderr))
-    try:
-        async with asyncio.timeout(deadline_seconds):
-            await _feed(process, job)
-            async for event in _events(process):
-                if event["event"] == "error":
-                    raise from_record(event)
-                yield event
-                if event["event"] == "done":
-                    return
-            await process.wait()
-    except TimeoutError as error:
-        raise LimitExceeded(
-            f"a worker's job took longer than {deadline_seconds:.0f} seconds",
-            remedy="raise [build] deadline_seconds if the image is honest",
-        ) from error
-    finally:
+
+    def __init__(self) -> None:
+        self._process: asyncio.subprocess.Process | None = None
+        self._noise: asyncio.Task[str] | None = None
+
+    async def start(self) -> None:
+        """Starts the process ahead of its first job, so that its imports cost no time then."""
+        if self._process is not None:
+            return
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "imagecache.build.worker",
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            limit=_EVENT_LIMIT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )
+        self._noise = asyncio.create_task(_tail(self._process.stderr))
+
+    async def run(
+        self, job: dict[str, Any], *, deadline_seconds: float
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """The events of one job, the last being "done".
+
+        Raises the worker's own typed error, LimitExceeded past the deadline, and Rejected when the
+        process died without a word (a parser that was killed parsed something hostile).
+        """
+        await self.start()
+        process = self._process
+        if process is None or process.stdin is None or process.stdout is None:
+            raise Unavailable("a worker process has no pipes")
+        try:
+            async with asyncio.timeout(deadline_seconds):
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                    process.stdin.write(json.dumps(job).encode() + b"\n")
+                    await process.stdin.drain()
+                async for line in process.stdout:
+                    event = json.loads(line)
+                    if event["event"] == "error":
+                        raise from_record(event)
+                    if event["event"] == "done":
+                        process = None
+                        yield event
+                        return
+                    yield event
+                await process.wait()
+        except TimeoutError as error:
+            raise LimitExceeded(
+                f"a worker's job took longer than {deadline_seconds:.0f} seconds",
+                remedy="raise [build] deadline_seconds if the image is honest",
+            ) from error
+        finally:
+            noise = await self.close() if process is not None else ""
+        raise Rejected(
+            f"a worker process died with status {process.returncode}: {noise[-400:]!r}",
+            remedy="the layer may be hostile; if the host killed it, free memory",
+        )
+
+    async def close(self) -> str:
+        """Ends the process, whatever it does; the end of what it wrote to stderr."""
+        process, noise = self._process, self._noise
+        self._process = self._noise = None
+        if process is None or noise is None:
+            return ""
         if process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
         await process.wait()
-        noise = await stderr
-    raise Rejected(
-        f"a worker process died with status {process.returncode}: {noise[-400:]!r}",
-        remedy="the layer may be hostile; if the host killed it, free memory",
-    )
-
-
-async def _feed(process: asyncio.subprocess.Process, job: dict[str, Any]) -> None:
-    if process.stdin is None:
-        raise Unavailable("a worker process has no stdin")
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        process.stdin.write(json.dumps(job).encode())
-        await process.stdin.drain()
-        process.stdin.close()
-
-
-async def _events(process: asyncio.subprocess.Process) -> AsyncIterator[dict[str, Any]]:
-    if process.stdout is None:
-        raise Unavailable("a worker process has no stdout")
-    async for line in process.stdout:
-        yield json.loads(line)
+        return await noise
 
 
 async def _tail(stream: asyncio.StreamReader | None) -> str:

@@ -34,7 +34,7 @@ class CutRule:
 
     window_blocks: int = MAX_CHUNK_BLOCKS
     group_blocks: int = MAX_CHUNK_BLOCKS
-    least_group_blocks: int = 16
+    least_group_blocks: int = 32
     dice: Dice = dice_of_base_name
     groups_tails: bool = False
 

@@ -16,7 +16,7 @@ from imagemaker.entries import Entry, directory, whiteout
 from kits.image import write_image
 
 from imagecache.build.progress import BuildResult
-from imagecache.build.workers import run_worker
+from imagecache.build.workers import Worker
 from imagecache.composition import ImageRequest, build_image, opened_catalog
 from imagecache.errors import Busy, CubecacheError, LimitExceeded, NotFound, Rejected
 from imagecache.settings import Settings
@@ -154,16 +154,18 @@ def test_hostile_layer_costs_a_job_not_the_process(tmp_path: Path) -> None:
     job = {
         "kind": "layer",
         "blob": str(tmp_path / "never"),
+        "blob_bytes": 1,
         "diff_id": "sha256:" + "0" * 64,
         "directory": str(tmp_path / "out"),
         "known": [],
+        "references": [],
         "limits": {},
         "level": 3,
         "generation": 1,
     }
 
     async def run() -> None:
-        async for _ in run_worker(job, deadline_seconds=2):
+        async for _ in Worker().run(job, deadline_seconds=2):
             pass
 
     with pytest.raises(LimitExceeded, match="2 seconds"):
