@@ -237,6 +237,8 @@ def main() -> int:
         }
         print(f"commit {about['commit']}; {about['machine']}; load {about['load_before']:.1f}")
         print(f"{', '.join(about['versions'].values())}; {chosen.image}, {span.length >> 20} MiB")
+        if float(str(about["load_before"])) > 1:
+            print("this machine is busy: what follows says little", file=sys.stderr)
         print(table_head(), flush=True)
         rows = compare(servers, span, loads, chosen.rounds, chosen.seconds)
     chosen.output.parent.mkdir(parents=True, exist_ok=True)
