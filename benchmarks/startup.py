@@ -315,7 +315,6 @@ def pulled(bench: Bench, load: Load, name: str) -> Run:
             "-C",
             str(folder / "root"),
             "--numeric-owner",
-            "--recursive-unlink",
         ]
         unpack += ["--zstd"] if layer["mediaType"].endswith("zstd") else []
         unpack += ["-z"] if layer["mediaType"].endswith("gzip") else []
@@ -408,9 +407,11 @@ def mount_and_run(bench: Bench, load: Load, uri: str) -> None:
         fuse.wait()
 
 
-def versions(load: Load, cache: Path) -> tuple[Path, Path | None]:
-    """The layout that is measured, and that of the version before."""
+def versions(load: Load, cache: Path, kinds: Sequence[str]) -> tuple[Path, Path | None]:
+    """The layout that is measured, and that of the version before where it is asked for."""
     recipe = RECIPES[load.image]
+    if "previous" not in kinds:
+        return make(recipe, cache), None
     if load.previous is not None:
         return make(RECIPES[f"{load.image}-v2"], cache), make(recipe, cache)
     if load.added is None:
@@ -426,7 +427,7 @@ def versions(load: Load, cache: Path) -> tuple[Path, Path | None]:
 
 async def measure(bench: Bench, load: Load, rounds: int, kinds: Sequence[str]) -> dict[str, Any]:
     """All kinds of one image on one link."""
-    now, before = versions(load, ROOT / ".cache/images")
+    now, before = versions(load, ROOT / ".cache/images", kinds)
     name = f"{load.image}:2"
     push(now, TAG, f"{bench.registry.address}/{name}")
     reference = f"{bench.registry.address}/{name}"
