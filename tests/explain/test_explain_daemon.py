@@ -1,4 +1,4 @@
-"""Record, store, stream, explain: with a daemon of its own for each host, over a real NBD client."""
+"""Record, store, stream, explain: each host with a daemon of its own, by a real NBD client."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Page(HTMLParser):
 
 
 def test_a_recorded_start_is_streamed_to_the_next_host(host, image: str) -> None:
-    """Recording, profile, boot pack, stream: what one host read, the next one has before it reads."""
+    """Recording, profile, boot pack, stream: what one host read, the next one has at once."""
     first = host("first")
     first.preload(image)
     wanted = [span_of(first, image, f"/lib/f{n:02}") for n in (31, 4, 17)]

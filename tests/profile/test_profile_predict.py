@@ -125,9 +125,7 @@ def test_imports_are_those_that_the_parser_finds() -> None:
             wanted = top_level_imports(source)
         except (SyntaxError, ValueError):
             continue
-        found = {
-            "." * item.level + item.module.decode() for item in python.imports_of(source)
-        }
+        found = {"." * item.level + item.module.decode() for item in python.imports_of(source)}
         total += len(wanted)
         if wanted - found:
             missed[str(path)] = wanted - found

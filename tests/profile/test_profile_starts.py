@@ -147,7 +147,7 @@ async def test_a_boot_pack_has_metadata_first_and_then_files_as_they_were_read(s
 
 
 async def test_the_next_version_is_given_the_last_ones_profile(shop: Shop) -> None:
-    """Carried over by path: what changed is taken new, what is gone is dropped, all of it packed."""
+    """Carried over by path: what changed is taken new, what is gone is dropped, all packed."""
     profile = await recorded(shop, 0, b"lib/only-1", b"lib/changed", b"lib/large")
     await shop.builder.build("repo", await shop.image(0), profile)
     record = await shop.builder.prepare("repo", shop.roots[1])
