@@ -1,5 +1,5 @@
 """`python -m imagecache` is the `cubecache` command."""
 
-from imagecache.cli import main
+from imagecache.launch import main
 
 main()

@@ -67,34 +67,48 @@ def register(group: click.Group) -> None:
         group.add_command(command)
 
 
-def main() -> None:
-    """Runs the command line and exits with the code of `imagecache.errors.EXIT_CODES`."""
+def main() -> int:
+    """Runs the command line; the exit code is that of `imagecache.errors.EXIT_CODES`."""
     for entry in sorted(entry_points(group="cubecache.commands"), key=lambda item: item.name):
         entry.load()(root)
-    sys.exit(_run())
+    if sys.stdout is None:  # closed before we began: what nobody reads goes nowhere
+        sys.stdout = Path(os.devnull).open("w")  # type: ignore[unreachable]  # noqa: SIM115
+    try:
+        status = _run()
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # The reader of stdout is gone; nothing that we could still say would reach it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def _run() -> int:
-    as_json = "--json" in _own_arguments(sys.argv[1:])
+    arguments = sys.argv[1:]
+    as_json = "--json" in _own_arguments(arguments)
+    if "_CUBECACHE_COMPLETE" in os.environ:
+        root.main(prog_name="cubecache")
     try:
-        status = root.main(standalone_mode=False)
-        sys.stdout.flush()
+        # Not root.main(): that turns a closed stdout into exit code 1.
+        with root.make_context("cubecache", arguments) as context:
+            status = root.invoke(context)
         return status if isinstance(status, int) else 0
+    except click.exceptions.Exit as end:
+        return end.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return 2
     except click.ClickException as error:
         usage = UsageError(error.format_message())
-        context = getattr(error, "ctx", None)
-        if context is not None and not as_json:
-            click.echo(context.get_usage(), err=True)
+        failed = getattr(error, "ctx", None)
+        if failed is not None and not as_json:
+            click.echo(failed.get_usage(), err=True)
         return _fail(usage, as_json=as_json)
     except CubecacheError as error:
         return _fail(error, as_json=as_json)
     except (click.Abort, KeyboardInterrupt):
         click.echo("cubecache: interrupted", err=True)
         return 130
-    except BrokenPipeError:
-        # The reader of stdout is gone; nothing that we could still say would reach it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
 
 
 def _own_arguments(arguments: list[str]) -> list[str]:

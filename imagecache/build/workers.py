@@ -10,7 +10,7 @@ import sys
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from imagecache.errors import LimitExceeded, Rejected, Unavailable, from_record
+from imagecache.errors import CubecacheError, LimitExceeded, Rejected, Unavailable, from_record
 
 _EVENT_LIMIT = 1 << 20
 
@@ -76,8 +76,12 @@ class Worker:
             ) from error
         finally:
             noise = await self.close() if process is not None else ""
+        if process.returncode is not None and process.returncode > 0:
+            # It ended by itself, with a traceback: our mistake, not the layer's.
+            last = noise.rpartition("\n")[2][-200:]
+            raise CubecacheError(f"internal error in a worker process: {last}")
         raise Rejected(
-            f"a worker process died with status {process.returncode}: {noise[-400:]!r}",
+            f"a worker process was killed by signal {-(process.returncode or 0)}",
             remedy="the layer may be hostile; if the host killed it, free memory",
         )
 
