@@ -2,7 +2,8 @@
 
 Every candidate converts the same images on the path that builds use (the fixed grid alone is cut
 from finished regions). A start-up is replayed from benchmarks/data: reads in order, each fetching
-the chunks that are not there yet, neighbours of a pack in one GET."""
+the chunks that are not there yet, neighbours of a pack in one GET. `--versions N` follows one image
+over N versions instead, by the format's rule."""
 
 from __future__ import annotations
 
@@ -31,6 +32,7 @@ from fixedgrid import convert_by_grid
 from imagemaker.make import make
 from imagemaker.recipes import RECIPES
 from testbed.machine import ROOT, commit, machine
+from versions import follow_versions
 
 from imagecache.blockimage import extents, locations
 from imagecache.cache.plan import plan_gets
@@ -214,11 +216,29 @@ def table_row(row: Row) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def show_versions(count: int) -> list[dict[str, Any]]:
+    """Follows one image over versions; prints and returns the rows."""
+    base, package = layers_of("python-numpy")[:2]
+    rows = []
+    print("| version | stored MB | new chunks | packs | GETs | alone: stored MB | alone: GETs |")
+    print("|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory(prefix="cubecache-versions-") as folder:
+        for row in follow_versions(base, package, count, Path(folder)):
+            rows.append(asdict(row))
+            print(
+                f"| {row.number} | {row.stored / 1e6:.2f} | {row.new_chunks} | {row.packs} "
+                f"| {row.gets} | {row.whole_stored / 1e6:.2f} | {row.whole_gets} |",
+                flush=True,
+            )
+    return rows
+
+
 def main() -> None:
     """Runs the sweep, or follows versions."""
     parser = argparse.ArgumentParser(description="Compare cutting rules on real images.")
     parser.add_argument("--others", nargs="*", default=["nginx"], choices=sorted(RECIPES))
     parser.add_argument("--only", help="only candidates whose name holds this text")
+    parser.add_argument("--versions", type=int, metavar="N", help="follow N versions instead")
     parser.add_argument("--output", type=Path, default=ROOT / ".cache/bench/layout.json")
     chosen = parser.parse_args()
     about = {
@@ -228,7 +248,12 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
     print(f"commit {about['commit']}; {about['machine']}")
-    rows = []
+    chosen.output.parent.mkdir(parents=True, exist_ok=True)
+    if chosen.versions:
+        written = {"about": about, "versions": show_versions(chosen.versions)}
+        chosen.output.with_name("versions.json").write_text(json.dumps(written, indent=1) + "\n")
+        return
+    rows: list[Row] = []
     lift_caps()
     with tempfile.TemporaryDirectory(prefix="cubecache-layout-") as folder:
         sweep = Sweep(Path(folder), chosen.others)
@@ -237,7 +262,6 @@ def main() -> None:
             if chosen.only is None or chosen.only in name:
                 rows.append(sweep.row(name, convert))
                 print(table_row(rows[-1]), flush=True)
-    chosen.output.parent.mkdir(parents=True, exist_ok=True)
     written = {"about": about, "rows": [asdict(row) for row in rows]}
     chosen.output.write_text(json.dumps(written, indent=1) + "\n")
     print(f"written to {chosen.output}")

@@ -100,6 +100,7 @@ class ChunkSink:
         chunk = self._pending.popleft().result()
         digest = chunk.digest
         self.digests.append(digest)
+        self._runs.passed(len(chunk.plaintext))
         # What this image has elsewhere is there already when a reader comes to it again.
         if digest in self._places or digest in self._known.image or digest in self._runs:
             return

@@ -6,7 +6,6 @@ table says in which order they stand. Nothing of a layer ever touches a host pat
 
 from __future__ import annotations
 
-import hashlib
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from imagecache.blockimage.extents import PieceBuilder
 from imagecache.blockimage.layerindex import LayerIndex
 from imagecache.blockimage.locations import LocationTable
 from imagecache.build.chunksink import ChunkSink, FinishedPack
+from imagecache.build.hashing import ThreadedHash
 from imagecache.build.known import KnownChunks
 from imagecache.chunks import BLOCK
 from imagecache.chunks.cut import FORMAT_CUT_RULE, CutRule, blocks_of, squeeze
@@ -73,7 +73,7 @@ class LayerConverter:
     def convert(self, blob: BinaryIO, diff_id: str) -> ConvertedLayer:
         """Raises Rejected for a layer that is broken, hostile or not the one named."""
         algorithm, _, wanted = diff_id.partition(":")
-        hasher = hashlib.new(algorithm)
+        hasher = ThreadedHash(algorithm)
         stream = open_layer(blob, self._limits, hasher)
         reported = 0
         with self._spool_path.open("w+b") as spool:
@@ -83,9 +83,10 @@ class LayerConverter:
                     reported = stream.raw_bytes
                     self._progress(reported)
             stream.drain()
-            if hasher.hexdigest() != wanted:
+            found = hasher.hexdigest()
+            if found != wanted:
                 raise Rejected(
-                    f"a layer's content has diff id {algorithm}:{hasher.hexdigest()}, "
+                    f"a layer's content has diff id {algorithm}:{found}, "
                     f"its image's config says {diff_id}",
                     remedy="the image is damaged: push it again",
                 )

@@ -23,11 +23,12 @@ from imagecache.build.spool import Spool
 from imagecache.build.workers import Worker
 from imagecache.catalog import AliasName, Catalog
 from imagecache.chunks.codec import DEFAULT_LEVEL
-from imagecache.errors import Busy, LimitExceeded, NotFound, Rejected
+from imagecache.errors import Busy, Corrupt, LimitExceeded, NotFound, Rejected
 from imagecache.flatten.limits import Limits
 from imagecache.leases.build import BuildLease, BuildLeases, LeaseLost
 from imagecache.oci.platform import Platform
 from imagecache.oci.source import ImageLayer, ImageSource, ResolvedImage
+from imagecache.repair.damage import quarantined_packs
 from imagecache.tasks import task_group
 
 log = logging.getLogger(__name__)
@@ -84,8 +85,12 @@ class Builder:
         options: str,
         alias: AliasName,
         report: Report,
+        distrusted: frozenset[str] | None = None,
     ) -> BuildResult:
         """Builds and commits one image, or finds it committed.
+
+        With `distrusted` (names of packs, in hex) it is built again in any case, and nothing of
+        those packs, or of objects that cannot be read, is relied on.
 
         Raises the typed errors of every part; nothing half-made is visible after one.
         """
@@ -104,6 +109,8 @@ class Builder:
                 key=key,
                 alias=alias,
                 report=report,
+                repairing=distrusted is not None,
+                distrusted=distrusted or frozenset(),
             )
             try:
                 root, result = await self._build_or_meet(job, platform)
@@ -130,7 +137,9 @@ class Builder:
         """The root, and the result where it was built here and not found or built by another."""
         name = job.alias.text
         met = await self.leases.meet(
-            job.key, lambda holder: log.info("%s is being built by %s", name, holder)
+            job.key,
+            lambda holder: log.info("%s is being built by %s", name, holder),
+            anew=job.repairing,
         )
         if isinstance(met, RootRecord):
             return met, None
@@ -145,7 +154,7 @@ class Builder:
         try:
             if (await self.catalog.alias(alias)).image == image:
                 return
-        except NotFound:
+        except (NotFound, Corrupt):
             pass
         await self.catalog.put_alias(alias, image)
 
@@ -175,6 +184,8 @@ class _Job:
     report: Report
     lease: BuildLease = field(init=False)
     generation: int = field(init=False)
+    repairing: bool = False
+    distrusted: frozenset[str] = frozenset()
     stored_bytes: int = 0
     downloaded_bytes: int = 0
     new_chunks: int = 0
@@ -184,6 +195,8 @@ class _Job:
     places: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(UPLOADS))
 
     async def run(self, platform: Platform) -> tuple[RootRecord, BuildResult]:
+        marked = await quarantined_packs(self.catalog)
+        self.distrusted |= {name.hex() for name in marked}
         layers = list(dict.fromkeys(self.image.layers))
         records = {layer.diff_id: await self._find(layer) for layer in layers}
         missing = [layer for layer in layers if records[layer.diff_id] is None]
@@ -233,9 +246,14 @@ class _Job:
 
     async def _find(self, layer: ImageLayer) -> LayerRecord | None:
         try:
-            return await self.catalog.find_layer(str(layer.diff_id), self.generation)
-        except NotFound:
+            record = await self.catalog.find_layer(str(layer.diff_id), self.generation)
+            if self.repairing:
+                index, table = bytes.fromhex(record.index), bytes.fromhex(record.locations)
+                await self.catalog.sealed("indexes", index, self.generation)
+                await self.catalog.sealed("locations", table, self.generation)
+        except (NotFound, Corrupt):
             return None
+        return None if self.distrusted.intersection(record.packs) else record
 
     @contextmanager
     def _timed(self, stage: Stage) -> Any:
@@ -379,19 +397,20 @@ class _Job:
         }
         for image in images:
             key = ImageKey(image, self.key.face, self.key.options)
+            directory = await asyncio.to_thread(self.spool.directory, f"reference-{len(found)}")
             try:
                 root = await self.catalog.root_in(key, self.generation)
-            except NotFound:
-                continue
-            directory = await asyncio.to_thread(self.spool.directory, f"reference-{len(found)}")
-            found.append(
-                await self._fetch_pair(
+                if self.distrusted.intersection(root.packs):
+                    continue
+                pair = await self._fetch_pair(
                     directory,
                     "manifests",
                     bytes.fromhex(root.block_image),
                     bytes.fromhex(root.locations),
                 )
-            )
+            except (NotFound, Corrupt):
+                continue  # nothing to reuse; what is damaged is the scrub's to tell
+            found.append(pair)
             if len(found) == MAX_REFERENCES:
                 break
         return found

@@ -7,6 +7,7 @@ gives it a deadline and a memory limit, and believes nothing but the files it na
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import queue
@@ -111,6 +112,8 @@ def _limits(job: dict[str, Any]) -> Limits:
 def main() -> int:
     """Runs the jobs on stdin; a typed error is an event, and the last one."""
     os.umask(0o077)
+    # A job builds large acyclic tables: collecting would walk them again and again.
+    gc.disable()
     jobs: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(jobs,), daemon=True).start()
     while run_job(json.loads(jobs.get())):
