@@ -24,6 +24,14 @@ MAX_KEPT = 200
 Build = Callable[[ImageRequest, Report], Awaitable[BuildResult]]
 
 
+class QueueFull(Busy):
+    """Too many jobs wait; ask again after `retry_seconds`."""
+
+    def __init__(self, message: str, *, retry_seconds: float = 30) -> None:
+        super().__init__(message, remedy=f"try again in {retry_seconds:.0f} seconds")
+        self.retry_seconds = retry_seconds
+
+
 class JobState(StrEnum):
     """Where a job stands; the last three are ends."""
 
@@ -40,6 +48,7 @@ class Job:
 
     identity: str
     request: ImageRequest
+    owner: str = ""
     state: JobState = JobState.QUEUED
     progress: Progress | None = None
     result: BuildResult | None = None
@@ -98,21 +107,22 @@ class JobQueue:
         self._queue: asyncio.Queue[Job] = asyncio.Queue(MAX_QUEUED)
         self._runner: asyncio.Task[None] | None = None
         self._running: asyncio.Task[BuildResult] | None = None
+        self._closing = False
 
     def start(self) -> None:
         """Starts the runner."""
         self._runner = asyncio.create_task(self._run())
 
-    def submit(self, request: ImageRequest) -> Job:
-        """The job of an equal request that has not ended, or a new one; Busy when full."""
+    def submit(self, request: ImageRequest, owner: str = "") -> Job:
+        """The owner's job of an equal request that has not ended, or a new one; QueueFull."""
         for job in self._jobs.values():
-            if job.request == request and not job.ended:
+            if job.request == request and job.owner == owner and not job.ended:
                 return job
-        job = Job(uuid4().hex, request)
+        job = Job(uuid4().hex, request, owner)
         try:
             self._queue.put_nowait(job)
         except asyncio.QueueFull as error:
-            raise Busy(f"{MAX_QUEUED} preloads are queued", remedy="try again later") from error
+            raise QueueFull(f"{MAX_QUEUED} preloads are queued", retry_seconds=30) from error
         self._jobs[job.identity] = job
         self._forget()
         return job
@@ -140,6 +150,7 @@ class JobQueue:
 
     async def close(self) -> None:
         """Cancels what runs and ends the runner."""
+        self._closing = True
         for task in (self._runner, self._running):
             if task is not None:
                 task.cancel()
@@ -171,7 +182,7 @@ class JobQueue:
             job.state, job.error = JobState.FAILED, error
         except asyncio.CancelledError:
             job.state = JobState.CANCELLED
-            if not self._running.cancelled():
+            if self._closing:
                 self._running.cancel()
                 raise
         except Exception as error:

@@ -1,236 +1,277 @@
-"""The HTTP control API: routes, bodies, problem documents. It decides nothing; the service does."""
+"""The HTTP control API's handlers. They decide nothing; the service does."""
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 from aiohttp import web
 
 from imagecache.composition import ImageRequest
+from imagecache.daemon.access import Caller, Role, Tokens, hidden
+from imagecache.daemon.bodies import Field, checked, decoded, query_values
+from imagecache.daemon.exports import LiveExport
+from imagecache.daemon.gate import MAX_BODY, Gate
 from imagecache.daemon.metrics import exposition
+from imagecache.daemon.naming import require_public
+from imagecache.daemon.openapi import document
+from imagecache.daemon.operations import Call, Operation, operation, operations_of
 from imagecache.daemon.service import ExportRequest, Service
-from imagecache.errors import (
-    Busy,
-    Corrupt,
-    CubecacheError,
-    Denied,
-    LimitExceeded,
-    NoSpace,
-    NotFound,
-    Rejected,
-    Unavailable,
-    Unsupported,
-    UsageError,
-    as_record,
-)
+from imagecache.settings import FILLS
+from preload.jobs import Job
 
-logger = logging.getLogger(__name__)
-
-MAX_BODY = 1 << 20
+GATE: web.AppKey[Gate] = web.AppKey("gate", Gate)
 MAX_WAIT_SECONDS = 60.0
 MAX_RECORD_SECONDS = 3600.0
 
-# The one table of HTTP statuses; the first row that matches decides.
-HTTP_STATUSES: tuple[tuple[type[CubecacheError], int], ...] = (
-    (UsageError, 400),
-    (LimitExceeded, 413),
-    (Rejected, 422),
-    (NotFound, 404),
-    (Denied, 403),
-    (Busy, 409),
-    (NoSpace, 507),
-    (Unsupported, 501),
-    (Unavailable, 503),
-    (Corrupt, 502),
-    (CubecacheError, 500),
+_IMAGE = Field("image", "text", "A reference, as `cubecache preload` takes it.", required=True)
+_PLATFORM = Field("platform", "text", "OS/ARCH of a multi-platform image.", most=64)
+_FACE = Field("fs", "text", "erofs, or ext4 with `:free=BYTES`.", most=64)
+_EXPORT = (
+    _IMAGE,
+    _PLATFORM,
+    _FACE,
+    Field("socket", "text", "A unix socket of its own; admin only.", most=107),
+    Field("name", "text", "The export's name.", most=128, pattern="[A-Za-z0-9][A-Za-z0-9._-]*"),
+    Field("fill", "text", "How much to fetch in the background.", choices=FILLS),
+    Field("record", "flag", "Record what the start reads."),
+)
+_RECORDING = (Field("seconds", "number", "Its length.", least=0.001, most=MAX_RECORD_SECONDS),)
+_FORCE = (Field("force", "flag", "Even while clients are attached; admin only."),)
+_WAIT = (
+    Field("wait", "number", "Answer when the version changes, or after so many seconds.", most=60),
+    Field("since", "number", "The version that the caller knows.", least=-1, most=2**53),
 )
 
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-
-def status_of(error: CubecacheError) -> int:
-    """The HTTP status of an error."""
-    return next(status for kind, status in HTTP_STATUSES if isinstance(error, kind))
-
-
-def problem(error: CubecacheError) -> web.Response:
-    """An error as a problem document (RFC 9457) with the error's kind and remedy."""
-    status = status_of(error)
-    record = as_record(error)
-    body = {"type": "about:blank", "title": record["kind"], "status": status} | record
-    body["detail"] = record["message"]
-    return web.json_response(body, status=status, content_type="application/problem+json")
-
-
-@web.middleware
-async def typed_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Turns typed errors into problem documents, and hides what is not ours behind a 500."""
-    try:
-        return await handler(request)
-    except CubecacheError as error:
-        return problem(error)
-    except web.HTTPException as error:
-        kinds: dict[int, type[CubecacheError]] = {404: NotFound, 413: LimitExceeded}
-        kind = kinds.get(error.status, UsageError)
-        answer = problem(kind(f"{request.method} {request.path}: {error.reason}"))
-        answer.set_status(error.status)
-        return answer
-    except Exception as error:
-        logger.exception("%s %s failed", request.method, request.path)
-        return problem(CubecacheError(f"internal error: {type(error).__name__}"))
-
-
-def application(service: Service) -> web.Application:
-    """The API over one service."""
-    routes = _Routes(service)
-    app = web.Application(middlewares=[typed_errors], client_max_size=MAX_BODY)
-    app.add_routes(
-        [
-            web.get("/healthz", routes.healthy),
-            web.get("/readyz", routes.ready),
-            web.get("/metrics", routes.metrics),
-            web.get("/v1/status", routes.status),
-            web.get("/v1/exports", routes.exports),
-            web.post("/v1/exports", routes.export),
-            web.delete("/v1/exports/{name}", routes.unexport),
-            web.get("/v1/exports/{name}/start", routes.start),
-            web.post("/v1/exports/{name}/recording", routes.record),
-            web.delete("/v1/exports/{name}/recording", routes.stop_recording),
-            web.get("/v1/preloads", routes.preloads),
-            web.post("/v1/preloads", routes.preload),
-            web.get("/v1/preloads/{id}", routes.preload_state),
-            web.delete("/v1/preloads/{id}", routes.cancel),
-        ]
-    )
+def application(service: Service, tokens: Tokens | None = None) -> web.Application:
+    """The API over one service; without tokens nobody gets in over TCP."""
+    gate = Gate(tokens or Tokens(), Role.parse(service.settings.api.group_role))
+    routes = Routes(service)
+    app = web.Application(middlewares=[gate.middleware], client_max_size=MAX_BODY)
+    app[GATE] = gate
+    for declared, handler in operations_of(routes):
+        app.router.add_route(declared.method, declared.path, _admitted(gate, declared, handler))
     return app
 
 
-class _Routes:
-    """One method per route."""
+def _admitted(
+    gate: Gate, declared: Operation, handler: Callable[[Call], Awaitable[web.StreamResponse]]
+) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    """The handler behind its declaration: role, body, query, repeats."""
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        if declared.role is None:
+            return await handler(Call(request, caller=_NOBODY))
+        caller = gate.caller(request)
+        caller.require(declared.role, f"{request.method} {request.path[:200]}")
+        query = query_values(list(request.query.items()), declared.query)
+        raw = b"" if declared.body is None else await gate.body(request)
+        body = {} if declared.body is None else checked(decoded(raw), declared.body)
+        if declared.method != "POST":
+            return await handler(Call(request, caller, body, query))
+        return await gate.once(
+            request, caller, raw, lambda _: handler(Call(request, caller, body, query))
+        )
+
+    return handle
+
+
+_NOBODY = Caller("nobody", Role.READ)
+
+
+class Routes:
+    """One method per operation."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
 
-    async def healthy(self, _: web.Request) -> web.Response:
+    def _export_of(self, call: Call) -> LiveExport:
+        """The named export, if the caller may know of it."""
+        for export in self._service.exports():
+            if export.record.name == call.name and call.caller.sees(export.record.owner or ""):
+                return export
+        raise hidden("export", call.name)
+
+    async def _image(self, call: Call, reference: str) -> ImageRequest:
+        image = ImageRequest.parse(reference, call.body["platform"], call.body["fs"] or "erofs")
+        if call.caller.remote and not self._service.settings.api.private_images:
+            await require_public(image.reference)
+        return image
+
+    @operation("GET", "/healthz", role=None, answers={200: "Health"})
+    async def healthy(self, _: Call) -> web.Response:
+        """Whether the process answers."""
         return web.json_response({"status": "ok"})
 
-    async def ready(self, _: web.Request) -> web.Response:
+    @operation("GET", "/readyz", role=None, answers={200: "Health", 503: "Health"})
+    async def ready(self, _: Call) -> web.Response:
+        """Whether exports are restored and served."""
         ready = self._service.ready
-        return web.json_response(
-            {"status": "ready" if ready else "starting"}, status=200 if ready else 503
-        )
+        status = 200 if ready else 503
+        return web.json_response({"status": "ready" if ready else "starting"}, status=status)
 
-    async def metrics(self, _: web.Request) -> web.Response:
+    @operation("GET", "/v1/openapi.json", role=None, answers={200: "OpenApi"})
+    async def openapi(self, _: Call) -> web.Response:
+        """This description."""
+        return web.json_response(document(declared for declared, _ in operations_of(self)))
+
+    @operation("GET", "/metrics", role=Role.READ, answers={200: "text/plain"})
+    async def metrics(self, _: Call) -> web.Response:
+        """Metrics in Prometheus' text format."""
         return web.Response(text=exposition(self._service), content_type="text/plain")
 
-    async def status(self, _: web.Request) -> web.Response:
+    @operation("GET", "/v1/status", role=Role.READ, answers={200: "Status"})
+    async def status(self, _: Call) -> web.Response:
+        """What the daemon is doing."""
         return web.json_response(self._service.status())
 
-    async def exports(self, _: web.Request) -> web.Response:
-        return web.json_response({"exports": [x.as_json() for x in self._service.exports()]})
+    @operation("GET", "/v1/exports", role=Role.READ, answers={200: "Exports"})
+    async def exports(self, call: Call) -> web.Response:
+        """Every export that the caller may know of."""
+        seen = [x for x in self._service.exports() if call.caller.sees(x.record.owner or "")]
+        return web.json_response({"exports": [export.as_json() for export in seen]})
 
-    async def export(self, request: web.Request) -> web.Response:
-        body = await _body(
-            request,
-            {"image": str},
-            {"platform": str, "fs": str, "socket": str, "name": str, "fill": str, "record": bool},
-        )
-        image = ImageRequest.parse(body["image"], body["platform"], body["fs"] or "erofs")
+    @operation(
+        "POST",
+        "/v1/exports",
+        role=Role.PRELOAD,
+        body=_EXPORT,
+        answers={200: "Export", 201: "Export"},
+        problems=(404, 409, 501, 502, 503, 507),
+    )
+    async def export(self, call: Call) -> web.Response:
+        """Export a preloaded image; the same again is the same export."""
+        body = call.body
+        if body["socket"] is not None:
+            call.caller.require(Role.ADMIN, "a socket of one's own")
+        image = await self._image(call, body["image"])
         wanted = ExportRequest(
-            image, body["socket"], body["name"], body["fill"], record=bool(body["record"])
+            image,
+            body["socket"],
+            body["name"],
+            body["fill"],
+            record=bool(body["record"]),
+            owner=call.caller.owner,
         )
+        before = self._service.exports()
         export = await self._service.export(wanted)
-        return web.json_response(export.as_json(), status=201)
+        status = 200 if any(export is known for known in before) else 201
+        return web.json_response(export.as_json(), status=status)
 
-    async def unexport(self, request: web.Request) -> web.Response:
-        force = request.query.get("force") == "1"
-        await self._service.unexport(request.match_info["name"], force=force)
+    @operation(
+        "GET", "/v1/exports/{name}", role=Role.READ, answers={200: "Export"}, problems=(404,)
+    )
+    async def one_export(self, call: Call) -> web.Response:
+        """One export."""
+        return web.json_response(self._export_of(call).as_json())
+
+    @operation(
+        "DELETE",
+        "/v1/exports/{name}",
+        role=Role.PRELOAD,
+        query=_FORCE,
+        answers={204: None},
+        problems=(404, 409, 507),
+    )
+    async def unexport(self, call: Call) -> web.Response:
+        """End an export; 409 while a client is attached, unless forced."""
+        force = bool(call.query["force"])
+        if force:
+            call.caller.require(Role.ADMIN, "force")
+        await self._service.unexport(self._export_of(call).record.name, force=force)
         return web.Response(status=204)
 
-    async def start(self, request: web.Request) -> web.Response:
-        start = self._service.start_of(request.match_info["name"])
+    @operation(
+        "GET",
+        "/v1/exports/{name}/start",
+        role=Role.READ,
+        answers={200: "StartReport"},
+        problems=(404, 502, 503),
+    )
+    async def start(self, call: Call) -> web.Response:
+        """Why an export's start took as long as it did."""
+        start = self._service.start_of(self._export_of(call).record.name)
         return web.json_response(await start.explain())
 
-    async def record(self, request: web.Request) -> web.Response:
-        body = await _body(request, {}, {"seconds": float})
-        seconds = body["seconds"]
-        if seconds is not None and not 0 < seconds <= MAX_RECORD_SECONDS:
-            raise UsageError(f"a recording lasts up to {MAX_RECORD_SECONDS:.0f} seconds")
-        start = self._service.start_of(request.match_info["name"])
-        start.record(seconds)
+    @operation(
+        "POST",
+        "/v1/exports/{name}/recording",
+        role=Role.PRELOAD,
+        body=_RECORDING,
+        answers={202: "Recording"},
+        problems=(404, 409),
+    )
+    async def record(self, call: Call) -> web.Response:
+        """Begin a recording of what an export reads."""
+        start = self._service.start_of(self._export_of(call).record.name)
+        start.record(call.body["seconds"])
         return web.json_response(start.summary(), status=202)
 
-    async def stop_recording(self, request: web.Request) -> web.Response:
-        start = self._service.start_of(request.match_info["name"])
+    @operation(
+        "DELETE",
+        "/v1/exports/{name}/recording",
+        role=Role.PRELOAD,
+        answers={200: "Recording"},
+        problems=(404, 409, 502, 503),
+    )
+    async def stop_recording(self, call: Call) -> web.Response:
+        """End a recording; its profile and boot pack are stored by then."""
+        start = self._service.start_of(self._export_of(call).record.name)
         return web.json_response(await start.stop_recording())
 
-    async def preloads(self, _: web.Request) -> web.Response:
-        return web.json_response({"preloads": [x.as_json() for x in self._service.jobs.jobs()]})
+    @operation("GET", "/v1/preloads", role=Role.READ, answers={200: "Preloads"})
+    async def preloads(self, call: Call) -> web.Response:
+        """Every job that the caller may know of, oldest first."""
+        return web.json_response({"preloads": [x.as_json() for x in self._jobs(call)]})
 
-    async def preload(self, request: web.Request) -> web.Response:
-        body = await _body(request, {"image": str}, {"platform": str, "fs": str})
-        image = ImageRequest.parse(body["image"], body["platform"], body["fs"] or "erofs")
-        return web.json_response(self._service.jobs.submit(image).as_json(), status=202)
+    def _jobs(self, call: Call) -> list[Job]:
+        return [job for job in self._service.jobs.jobs() if call.caller.sees(job.owner)]
 
-    async def preload_state(self, request: web.Request) -> web.Response:
-        job = self._service.jobs.get(request.match_info["id"])
-        seconds = _number(request, "wait", 0.0, MAX_WAIT_SECONDS)
-        if seconds:
-            await job.watch(int(_number(request, "since", -1.0, 1e15)), seconds)
+    def _job_of(self, call: Call) -> Job:
+        for job in self._jobs(call):
+            if job.identity == call.name:
+                return job
+        raise hidden("preload", call.name)
+
+    @operation(
+        "POST",
+        "/v1/preloads",
+        role=Role.PRELOAD,
+        body=(_IMAGE, _PLATFORM, _FACE),
+        answers={202: "Preload"},
+        problems=(429, 503),
+    )
+    async def preload(self, call: Call) -> web.Response:
+        """Queue an image's preload, or find the job that an equal request made."""
+        image = await self._image(call, call.body["image"])
+        job = self._service.jobs.submit(image, owner=call.caller.owner)
+        return web.json_response(job.as_json(), status=202)
+
+    @operation(
+        "GET",
+        "/v1/preloads/{id}",
+        role=Role.READ,
+        query=_WAIT,
+        answers={200: "Preload"},
+        problems=(404,),
+    )
+    async def preload_state(self, call: Call) -> web.Response:
+        """One job; with `wait`, once it changed."""
+        job = self._job_of(call)
+        if call.query["wait"]:
+            since = call.query["since"]
+            await job.watch(-1 if since is None else int(since), call.query["wait"])
         return web.json_response(job.as_json())
 
-    async def cancel(self, request: web.Request) -> web.Response:
-        return web.json_response(self._service.jobs.cancel(request.match_info["id"]).as_json())
+    @operation(
+        "DELETE", "/v1/preloads/{id}", role=Role.PRELOAD, answers={200: "Preload"}, problems=(404,)
+    )
+    async def cancel(self, call: Call) -> web.Response:
+        """Cancel a job; what it downloaded stays for a later one."""
+        job = self._job_of(call)
+        return web.json_response(self._service.jobs.cancel(job.identity).as_json())
 
 
-def _number(request: web.Request, name: str, default: float, most: float) -> float:
-    raw = request.query.get(name)
-    if raw is None:
-        return default
-    try:
-        value = float(raw)
-    except ValueError:
-        value = float("nan")
-    if not -1 <= value <= most:
-        raise UsageError(f"query parameter {name}={raw!r} is not a number up to {most:.0f}")
-    return value
-
-
-async def _body(
-    request: web.Request, required: dict[str, type], optional: dict[str, type]
-) -> dict[str, Any]:
-    """The request's JSON object, every field present (None where left out); UsageError else."""
-    if request.content_type != "application/json":
-        raise UsageError("the body must be application/json")
-    raw = await request.read()
-    try:
-        fields = json.loads(raw, object_pairs_hook=_unique, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"the body is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise UsageError("the body is not a JSON object")
-    kinds = required | optional
-    wrong = [name for name in required if fields.get(name) is None]
-    wrong += [name for name in fields if name not in kinds]
-    wrong += [
-        name
-        for name, value in fields.items()
-        if name in kinds and value is not None and type(value) is not kinds[name]
-    ]
-    if wrong:
-        raise UsageError(f"missing, unknown or mistyped fields: {', '.join(sorted(set(wrong)))}")
-    return {name: fields.get(name) for name in kinds}
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        raise ValueError("a key stands twice")
-    return fields
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
+def declared_operations() -> list[Operation]:
+    """Every operation of the API, without a service."""
+    return [declared for declared, _ in operations_of(Routes.__new__(Routes))]

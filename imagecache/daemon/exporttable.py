@@ -31,6 +31,7 @@ class ExportRecord:
     size_bytes: int
     socket: str | None
     fill: str | None
+    owner: str | None = None
 
 
 class ExportTable:
@@ -70,7 +71,7 @@ class ExportTable:
 
     def save(self, record: ExportRecord) -> None:
         """Adds or replaces one export; durable when it returns."""
-        self._with(lambda table: table.upsert(asdict(record), pk="name"))
+        self._with(lambda table: table.upsert(asdict(record), pk="name", alter=True))
 
     def drop(self, name: str) -> None:
         """Removes one export."""

@@ -41,6 +41,12 @@ class RateFilter(logging.Filter):
         return count < LINES_PER_WINDOW
 
 
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """aiohttp's server logs what is not HTTP with a traceback; our own errors are caught before."""
+    record.exc_info = None
+    return True
+
+
 class TextFormatter(logging.Formatter):
     """One line for people, its fields at the end."""
 
@@ -89,5 +95,7 @@ def set_up_logs(section: LogSection) -> None:
         if type(old) is logging.StreamHandler:
             root.removeHandler(old)
     root.addHandler(handler)
+    foreign = logging.getLogger("aiohttp.server")
+    foreign.filters = [_without_traceback]
     for name in _PACKAGES:
         logging.getLogger(name).setLevel(section.level.upper())

@@ -63,6 +63,7 @@ class ExportRequest:
     name: str | None = None
     fill: str | None = None
     record: bool = False
+    owner: str = ""
 
 
 class Service:
@@ -178,6 +179,8 @@ class Service:
         self._check(request)
         root = await self._root(request.image)
         name = request.name or export_name(request.image.reference, root, request.socket)
+        if request.owner:
+            name = f"{request.owner}.{name}"  # so that owners cannot meet in a name
         async with self._changing:
             there = self._live.get(name)
             if there is not None:
@@ -198,6 +201,7 @@ class Service:
                 size_bytes=root.size_bytes,
                 socket=request.socket,
                 fill=request.fill or self.settings.cache.fill,
+                owner=request.owner,
             )
             export = LiveExport(record, self.settings.nbd_socket)
             await self._attach(export, recording=request.record, known=known)
@@ -221,7 +225,8 @@ class Service:
         self, there: LiveExport, root: RootRecord, request: ExportRequest
     ) -> LiveExport:
         record = there.record
-        if record.block_image != root.block_image or record.socket != request.socket:
+        same = (root.block_image, request.socket, request.owner)
+        if (record.block_image, record.socket, record.owner or "") != same:
             raise Busy(
                 f"export {record.name} is of another image or on another socket",
                 remedy=f"cubecache unexport {record.name}, or choose another --name",

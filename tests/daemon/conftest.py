@@ -1,5 +1,7 @@
 """A small image in a store of its own, and a service over it."""
 
+import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -8,6 +10,7 @@ from imagemaker.entries import Entry, directory, whiteout
 from kits.image import write_image
 
 from imagecache.composition import ImageRequest, build_image, opened_catalog
+from imagecache.daemon.serve import serve
 from imagecache.daemon.service import Service
 from imagecache.settings import CacheSection, Settings
 
@@ -51,3 +54,18 @@ async def service(where: Settings) -> AsyncIterator[Service]:
     service = await Service.open(where)
     yield service
     await service.close()
+
+
+@pytest.fixture
+async def daemon(where: Settings) -> AsyncIterator[Settings]:
+    """A daemon with all its sockets, in this process."""
+    ready = asyncio.Event()
+    task = asyncio.create_task(serve(where, lambda _: ready.set()))
+    waiting = asyncio.create_task(ready.wait())
+    await asyncio.wait({task, waiting}, return_when="FIRST_COMPLETED")
+    waiting.cancel()
+    assert ready.is_set(), task
+    yield where
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task

@@ -1,7 +1,5 @@
 """The control API over its real socket: bodies, statuses, problem documents, jobs."""
 
-import asyncio
-import contextlib
 import io
 import json
 from collections.abc import AsyncIterator
@@ -10,23 +8,10 @@ from typing import Any
 import aiohttp
 import pytest
 
-from imagecache.daemon.api import HTTP_STATUSES, status_of
-from imagecache.daemon.serve import serve
+from imagecache.daemon.problems import HTTP_STATUSES, status_of
 from imagecache.errors import CubecacheError, UsageError
 from imagecache.settings import Settings
 from preload.client import connect
-
-
-@pytest.fixture
-async def daemon(where: Settings) -> AsyncIterator[Settings]:
-    ready = asyncio.Event()
-    task = asyncio.create_task(serve(where, lambda _: ready.set()))
-    await asyncio.wait({task, asyncio.create_task(ready.wait())}, return_when="FIRST_COMPLETED")
-    assert ready.is_set(), task
-    yield where
-    task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
 
 
 @pytest.fixture
@@ -70,7 +55,7 @@ async def test_bad_bodies_are_400_with_a_problem_document(
 
 async def test_wrong_content_type_and_huge_bodies_are_refused(http: aiohttp.ClientSession) -> None:
     """I1: wrong content type, a body over the cap."""
-    assert (await post(http, "/v1/exports", b"image=x", "text/plain"))[0] == 400
+    assert (await post(http, "/v1/exports", b"image=x", "text/plain"))[0] == 415
     huge = b'{"image": "' + b"x" * (2 << 20) + b'"}'
     assert (await post(http, "/v1/exports", huge, "application/json"))[0] == 413
 

@@ -23,7 +23,7 @@ def test_show_tells_values_and_sources_and_check_refuses(tmp_path: Path) -> None
     rows = {row["name"]: (row["value"], row["from"]) for row in json.loads(shown.stdout)}
     assert rows["cache.fill"] == ("hot", f"file {config}")
     assert rows["realm"] == ("r", "environment CUBECACHE_REALM")
-    assert rows["build.level"] == (3, "default")
+    assert rows["nbd.tcp"] == (None, "default")
     checked = run("--config", str(config), "config", "check", CUBECACHE_CACHE_BUGDET="1")
     assert checked.returncode == 0
     assert "CUBECACHE_CACHE_BUGDET" in checked.stderr

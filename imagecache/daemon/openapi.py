@@ -1,0 +1,158 @@
+"""The OpenAPI document of the control API, made from the declared operations.
+
+Pure. The schemas of answers are here; those of bodies and queries come from their fields, which
+are also what checks them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from importlib.metadata import version
+from typing import Any
+
+from imagecache.daemon.bodies import body_schema
+from imagecache.daemon.operations import JSON, Operation
+
+PROBLEM = "application/problem+json"
+_COUNT: dict[str, Any] = {"type": "integer", "minimum": 0}
+_TEXT: dict[str, Any] = {"type": "string"}
+_MAYBE_TEXT: dict[str, Any] = {"type": ["string", "null"]}
+_NUMBER: dict[str, Any] = {"type": "number"}
+_FLAG: dict[str, Any] = {"type": "boolean"}
+_OBJECT: dict[str, Any] = {"type": "object"}
+_MAYBE_OBJECT: dict[str, Any] = {"type": ["object", "null"]}
+
+
+def _record(**properties: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+def _list(name: str, of: str) -> dict[str, Any]:
+    items = {"$ref": f"#/components/schemas/{of}"}
+    return _record(**{name: {"type": "array", "items": items}})
+
+
+SCHEMAS: dict[str, dict[str, Any]] = {
+    "Problem": _record(
+        type=_TEXT,
+        title=_TEXT,
+        status={"type": "integer", "minimum": 400, "maximum": 599},
+        detail=_TEXT,
+        kind=_TEXT,
+        message=_TEXT,
+        remedy=_MAYBE_TEXT,
+    ),
+    "Health": _record(status=_TEXT),
+    "Status": _record(
+        ready=_FLAG, realm=_TEXT, store=_TEXT, exports=_COUNT, host=_TEXT, started=_NUMBER
+    ),
+    "Export": _record(
+        name=_TEXT,
+        uri=_TEXT,
+        socket=_TEXT,
+        own_socket=_FLAG,
+        reference=_TEXT,
+        image=_TEXT,
+        block_image=_TEXT,
+        fs=_TEXT,
+        size_bytes=_COUNT,
+        clients=_COUNT,
+        state={"enum": ["serving", "failed"]},
+        failure=_MAYBE_TEXT,
+        fill=_MAYBE_OBJECT,
+        start=_MAYBE_OBJECT,
+        config=_OBJECT,
+    ),
+    "Exports": _list("exports", "Export"),
+    "Recording": _OBJECT,
+    "StartReport": _record(version=_COUNT, export=_TEXT, reads=_COUNT),
+    "Preload": _record(
+        id=_TEXT,
+        image=_TEXT,
+        state=_TEXT,
+        version=_COUNT,
+        progress=_MAYBE_OBJECT,
+        result=_MAYBE_OBJECT,
+        error=_MAYBE_OBJECT,
+    ),
+    "Preloads": _list("preloads", "Preload"),
+    "OpenApi": _OBJECT,
+}
+
+
+def document(operations: Iterable[Operation]) -> dict[str, Any]:
+    """The document, OpenAPI 3.1."""
+    paths: dict[str, dict[str, Any]] = {}
+    for item in operations:
+        paths.setdefault(item.path, {})[item.method.lower()] = _operation(item)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "cubecache control API",
+            "version": version("cubecache"),
+            "description": (
+                "Errors are problem documents (RFC 9457). A POST with an Idempotency-Key may be "
+                "repeated: the first answer is given again."
+            ),
+        },
+        "paths": paths,
+        "components": {
+            "schemas": SCHEMAS,
+            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
+        },
+    }
+
+
+def _operation(item: Operation) -> dict[str, Any]:
+    answers = {str(status): _answer(kind) for status, kind in item.answers.items()}
+    problems = set(item.problems)
+    if item.role is not None:
+        problems |= {400, 401, 403}
+    if item.body is not None:
+        problems |= {400, 408, 413, 415, 422}
+    for status in sorted(problems - item.answers.keys()):
+        answers[str(status)] = _answer("Problem", PROBLEM)
+    made: dict[str, Any] = {
+        "operationId": item.identity,
+        "summary": item.summary,
+        "responses": answers,
+        "parameters": [
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+            for name in re.findall(r"\{(\w+)\}", item.path)
+        ],
+    }
+    for field in item.query:
+        schema = field.schema()
+        if isinstance(schema["type"], list):
+            schema["type"] = schema["type"][0]
+        made["parameters"].append(
+            {"name": field.name, "in": "query", "required": field.required, "schema": schema}
+        )
+    if item.method == "POST":
+        made["parameters"].append(
+            {
+                "name": "Idempotency-Key",
+                "in": "header",
+                "required": False,
+                "schema": {"type": "string", "pattern": "^[A-Za-z0-9_.-]{1,128}$"},
+            }
+        )
+    if item.role is not None:
+        made["security"] = [{"token": []}]
+        made["description"] = f"Role: {item.role.name.lower()}."
+    if item.body is not None:
+        made["requestBody"] = {
+            "required": True,
+            "content": {JSON: {"schema": body_schema(item.body)}},
+        }
+    return made
+
+
+def _answer(kind: str | None, media: str = JSON) -> dict[str, Any]:
+    if kind is None:
+        return {"description": "Done."}
+    if "/" in kind:
+        return {"description": kind, "content": {kind: {"schema": {"type": "string"}}}}
+    schema = {"$ref": f"#/components/schemas/{kind}"}
+    return {"description": kind, "content": {media: {"schema": schema}}}
