@@ -72,7 +72,7 @@ def main() -> int:
     for entry in sorted(entry_points(group="cubecache.commands"), key=lambda item: item.name):
         entry.load()(root)
     if sys.stdout is None:  # closed before we began: what nobody reads goes nowhere
-        sys.stdout = Path(os.devnull).open("w")  # type: ignore[unreachable]  # noqa: SIM115
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
     try:
         status = _run()
         sys.stdout.flush()
