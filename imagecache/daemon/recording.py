@@ -239,7 +239,16 @@ class ExportStart:
     async def _bring_predicted(self) -> None:
         loaded = await self._loaded()
         builder = self._keeper.builder
-        profile = await builder.predict(loaded, self._program, self._read_disk)
+        loop = asyncio.get_running_loop()
+
+        async def read(offset: int, length: int) -> bytes:
+            job = asyncio.run_coroutine_threadsafe(self._read_disk(offset, length), loop)
+            return await asyncio.wrap_future(job)
+
+        # Its own loop on a thread: following imports is seconds of work, and clients wait here.
+        profile = await asyncio.to_thread(
+            lambda: asyncio.run(builder.predict(loaded, self._program, read))
+        )
         self._brought.source = "prediction"
         await self._ask(
             await asyncio.to_thread(ordinals_of, loaded.view, profile, loaded.stored_lengths)

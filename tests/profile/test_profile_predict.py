@@ -160,3 +160,20 @@ def test_origin_and_runpath_come_before_the_defaults() -> None:
     )
     assert found[:3] == [b"env/liba.so", b"opt/app/libs/liba.so", b"conf/liba.so"]
     assert b"usr/lib/x86_64-linux-gnu/liba.so" in found
+
+
+@pytest.mark.quick
+def test_byte_code_of_another_time_or_size_means_reading_the_source() -> None:
+    """py_compile is the judge of the header."""
+    import py_compile
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "m.py"
+        source.write_text("x = 1\n")
+        head = Path(py_compile.compile(str(source))).read_bytes()[:16]
+        modified, size = int(source.stat().st_mtime), source.stat().st_size
+    assert python.is_current(head, modified, size)
+    assert not python.is_current(head, modified + 1, size)
+    assert not python.is_current(head, modified, size + 1)
+    assert not python.is_current(head[:10], modified, size)

@@ -84,6 +84,11 @@ class Predictor:
                 self._real[path] = self.view.span(real, node) if regular else None
         return self._real[path]
 
+    def modified(self, path: bytes) -> int:
+        """A file's modification time in seconds."""
+        node = self.view.tree.lookup(path)
+        return 0 if node is None else self.view.tables[node.layer].mtime[node.inode]
+
     def touch(self, span: FileSpan, parts: Iterable[tuple[int, int]] | None = None) -> None:
         """The start reads these (offset, length) of a file, or all of it."""
         if span.size and span.path not in self.touched:
@@ -306,6 +311,7 @@ class _Modules:
         self._places = places
         self._version = version
         self._known: set[bytes] = set()
+        self._home: dict[bytes, list[bytes]] = {}
 
     def wanted_by(self, source: bytes, package: bytes) -> list[bytes]:
         return [
@@ -322,13 +328,17 @@ class _Modules:
 
     async def _one(self, module: bytes) -> list[bytes]:
         predictor = self._predictor
-        for place in self._places:
+        for place in self._homes(module):
             for path in python.files_of(module, place):
                 span = predictor.span(path)
                 if span is None:
                     continue
                 code = predictor.span(python.compiled(span.path, self._version))
-                predictor.touch(code if code is not None else span)
+                if code is not None:
+                    predictor.touch(code)
+                head = await predictor.content(code, 0, 16) if code is not None else b""
+                if not python.is_current(head, predictor.modified(span.path), span.size):
+                    predictor.touch(span)
                 text = await predictor.content(span, 0, python.MAX_SOURCE)
                 is_package = path.endswith(b"/__init__.py")
                 package = module if is_package else module.rpartition(b".")[0]
@@ -338,6 +348,20 @@ class _Modules:
                 await predictor.load_library(extension)
                 return []
         return []
+
+    def _homes(self, module: bytes) -> Sequence[bytes]:
+        """Where a module is looked for: a package's modules stand where the package does."""
+        top, dot, _ = module.partition(b".")
+        if not dot:
+            return self._places
+        if top not in self._home:
+            package = (top + b"/__init__.py", top + b".py")
+            self._home[top] = [
+                place
+                for place in self._places
+                if any(self._predictor.span(place + b"/" + name) for name in package)
+            ][:1] or list(self._places)
+        return self._home[top]
 
     def _extension(self, module: bytes, place: bytes) -> FileSpan | None:
         base = place + b"/" + module.replace(b".", b"/")

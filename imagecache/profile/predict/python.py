@@ -7,6 +7,7 @@ and a missed import costs a fetch later, no more.
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -115,10 +116,12 @@ def search_path(
     name = b"python%d.%d" % version
     found = [script_directory, *environment]
     found += [root + b"/lib/" + name, root + b"/lib/" + name + b"/lib-dynload"]
+    # Debian's own modules come before those of one version of the interpreter.
+    found.append(b"usr/local/lib/" + name + b"/dist-packages")
+    found.append(b"usr/lib/python%d/dist-packages" % version[0])
     for prefix in dict.fromkeys((b"usr/local", root, b"usr")):
         found.append(prefix + b"/lib/" + name + b"/site-packages")
         found.append(prefix + b"/lib/" + name + b"/dist-packages")
-    found.append(b"usr/lib/python%d/dist-packages" % version[0])
     return list(dict.fromkeys(part.strip(b"/") for part in found))
 
 
@@ -132,6 +135,19 @@ def files_of(module: bytes, directory: bytes) -> Iterator[bytes]:
 def extension_suffixes(version: tuple[int, int], triplet: bytes) -> tuple[bytes, ...]:
     """The endings of compiled modules."""
     return (b".cpython-%d%d-%s.so" % (*version, triplet), b".abi3.so", b".so")
+
+
+def is_current(head: bytes, modified: int, size: int) -> bool:
+    """Whether byte code that begins with `head` is used instead of its source (PEP 552).
+
+    Where it is not, or is compared with the source's hash at each import, both are read.
+    """
+    if len(head) < 16:
+        return False
+    flags, told_time, told_size = struct.unpack_from("<III", head, 4)
+    if flags & 1:
+        return not flags & 2  # named by the source's hash: where that is checked, it is read
+    return bool(told_time == modified & 0xFFFFFFFF and told_size == size & 0xFFFFFFFF)
 
 
 def compiled(source: bytes, version: tuple[int, int]) -> bytes:
