@@ -5,6 +5,7 @@ from imagecache.commands.doctor import doctor
 from imagecache.commands.images import images, remove
 from imagecache.commands.inspecting import diff, inspect
 from imagecache.commands.serving import serve
+from imagecache.commands.tokens import token
 from imagecache.commands.verifying import verify
 
-COMMANDS = (serve, config, images, inspect, diff, verify, remove, doctor)
+COMMANDS = (serve, config, token, images, inspect, diff, verify, remove, doctor)
