@@ -196,7 +196,14 @@ class Catalog:
     async def blob(self, digest: str, generation: int) -> bytes:
         """An OCI manifest or config; Corrupt where it does not match its digest."""
         raw = await self.store.get(self.keys.blob(digest, generation), limit=MAX_RECORD)
+        self.check_blob(digest, raw)
+        return raw
+
+    @staticmethod
+    def check_blob(digest: str, raw: bytes) -> None:
+        """Corrupt unless these are the bytes of an OCI digest."""
         algorithm, _, wanted = digest.partition(":")
+        if algorithm not in ("sha256", "sha512"):
+            raise Corrupt(f"{digest} is no digest of a blob")
         if hashlib.new(algorithm, raw).hexdigest() != wanted:
             raise Corrupt(f"the stored blob {digest} does not match its digest")
-        return raw

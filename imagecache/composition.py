@@ -94,9 +94,18 @@ def prepare_state_dir(settings: Settings) -> None:
 
 
 async def build_image(
-    settings: Settings, catalog: Catalog, request: ImageRequest, report: Report
+    settings: Settings,
+    catalog: Catalog,
+    request: ImageRequest,
+    report: Report,
+    *,
+    alias: AliasName | None = None,
+    distrusted: frozenset[str] | None = None,
 ) -> BuildResult:
-    """Builds one image under the state directory's builder lock; Busy where another build runs."""
+    """Builds one image under the state directory's builder lock; Busy where another build runs.
+
+    `alias` is the name it gets, if not the request's; `distrusted` as of `Builder.build`.
+    """
     reference = parse_reference(request.reference)
     choice = FaceChoice.parse(request.face)
     platform = parse_platform(request.platform) if request.platform else host_platform()
@@ -118,8 +127,9 @@ async def build_image(
                 platform,
                 face=choice.face,
                 options=choice.options,
-                alias=alias_name(reference),
+                alias=alias or alias_name(reference),
                 report=report,
+                distrusted=distrusted,
             )
     finally:
         await source.close()

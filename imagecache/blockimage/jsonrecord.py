@@ -6,6 +6,8 @@ import json
 import re
 from typing import Any
 
+from blake3 import blake3
+
 from imagecache.errors import Corrupt, Unsupported
 
 MAX_RECORD = 4 << 20
@@ -13,7 +15,17 @@ MAX_RECORD = 4 << 20
 
 def encode_record(kind: str, fields: dict[str, Any]) -> bytes:
     """A record's JSON bytes, one line."""
-    return json.dumps({"kind": kind, "version": 1, **fields}, sort_keys=True).encode() + b"\n"
+    whole = {"kind": kind, "version": 1, **fields}
+    return _dumped(whole | {"check": _check(whole)}) + b"\n"
+
+
+def _dumped(fields: dict[str, Any]) -> bytes:
+    return json.dumps(fields, sort_keys=True).encode()
+
+
+def _check(fields: dict[str, Any]) -> str:
+    """A digest of the other fields: a record is named by what it is of, not by its bytes."""
+    return blake3(_dumped(fields)).hexdigest(16)
 
 
 def decode_record(kind: str, raw: bytes) -> dict[str, Any]:
@@ -30,6 +42,12 @@ def decode_record(kind: str, raw: bytes) -> dict[str, Any]:
         raise Unsupported(
             f"a {kind} record of version {fields.get('version')}", remedy="needs a newer cubecache"
         )
+    try:
+        right = fields.pop("check", None) == _check(fields)
+    except (ValueError, RecursionError):  # what JSON can say and cannot be written again
+        right = False
+    if not right:
+        raise Corrupt(f"a {kind} record does not match its check")
     return fields
 
 

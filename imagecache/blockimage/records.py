@@ -26,7 +26,7 @@ __all__ = [
     "StartRecord",
 ]
 
-_HEX64 = re.compile(r"[0-9a-f]{64}")
+HEX64 = re.compile(r"[0-9a-f]{64}")
 PACK_NAME = re.compile(r"[0-9a-f]{72}")  # generation and digest
 _HEX64_OR_NOTHING = re.compile(r"(?:[0-9a-f]{64})?")
 OCI_DIGEST = re.compile(r"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
@@ -71,8 +71,8 @@ class RootRecord:
             format_version=number(fields, "format_version"),
             platform=text(fields, "platform"),
             config=match(fields, "config", OCI_DIGEST),
-            block_image=match(fields, "block_image", _HEX64),
-            locations=match(fields, "locations", _HEX64),
+            block_image=match(fields, "block_image", HEX64),
+            locations=match(fields, "locations", HEX64),
             layers=texts(fields, "layers", OCI_DIGEST),
             packs=texts(fields, "packs", PACK_NAME),
             size_bytes=number(fields, "size_bytes"),
@@ -102,8 +102,8 @@ class LayerRecord:
         fields = decode_record(cls.KIND, raw)
         return cls(
             diff_id=match(fields, "diff_id", OCI_DIGEST),
-            index=match(fields, "index", _HEX64),
-            locations=match(fields, "locations", _HEX64),
+            index=match(fields, "index", HEX64),
+            locations=match(fields, "locations", HEX64),
             packs=texts(fields, "packs", PACK_NAME),
         )
 
@@ -186,8 +186,8 @@ class StartRecord:
         return cls(
             repository=text(fields, "repository"),
             image=match(fields, "image", OCI_DIGEST),
-            block_image=match(fields, "block_image", _HEX64),
-            profile=match(fields, "profile", _HEX64),
+            block_image=match(fields, "block_image", HEX64),
+            profile=match(fields, "profile", HEX64),
             boot_table=match(fields, "boot_table", _HEX64_OR_NOTHING),
             sources=number(fields, "sources"),
         )

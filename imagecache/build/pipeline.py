@@ -186,6 +186,7 @@ class _Job:
     generation: int = field(init=False)
     repairing: bool = False
     distrusted: frozenset[str] = frozenset()
+    marked: set[str] = field(default_factory=set)
     stored_bytes: int = 0
     downloaded_bytes: int = 0
     new_chunks: int = 0
@@ -196,7 +197,8 @@ class _Job:
 
     async def run(self, platform: Platform) -> tuple[RootRecord, BuildResult]:
         marked = await quarantined_packs(self.catalog)
-        self.distrusted |= {name.hex() for name in marked}
+        self.marked = {name.hex() for name in marked}
+        self.distrusted |= self.marked
         layers = list(dict.fromkeys(self.image.layers))
         records = {layer.diff_id: await self._find(layer) for layer in layers}
         missing = [layer for layer in layers if records[layer.diff_id] is None]
@@ -367,8 +369,11 @@ class _Job:
 
     async def _store_pack(self, event: dict[str, Any]) -> None:
         path = Path(event["path"])
-        key = self.catalog.keys.pack(bytes.fromhex(event["name"]))
+        name = bytes.fromhex(event["name"])
+        key = self.catalog.keys.pack(name)
         await self.catalog.store.put(key, path)
+        if event["name"] in self.marked:  # what stood there was damaged, and is no more
+            await self.catalog.store.delete(self.catalog.keys.quarantined(name))
         self.stored_bytes += event["length"]
         await asyncio.to_thread(path.unlink)
 

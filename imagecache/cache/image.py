@@ -92,6 +92,17 @@ class ImageMap:
         """The digests of all chunks."""
         return map(self.digest, range(self.chunk_count))
 
+    @property
+    def packs(self) -> tuple[bytes, ...]:
+        """The names of the packs that hold the chunks."""
+        return self._locations.packs
+
+    def relocate(self, locations: LocationTable) -> None:
+        """The store keeps the chunks elsewhere from now on; Corrupt for another image's table."""
+        if len(locations) != self.chunk_count or locations.subject != self._locations.subject:
+            raise Corrupt("a location table of another block image")
+        self._locations = locations
+
     def pack_order(self) -> list[int]:
         """All chunks in the order in which large reads of the packs bring them."""
         packs, offsets = self._locations.pack_ordinals, self._locations.offsets

@@ -35,9 +35,11 @@ from imagecache.composition import (
 )
 from imagecache.daemon.exports import ExportView, LiveExport
 from imagecache.daemon.exporttable import ExportRecord, ExportTable
+from imagecache.daemon.holding import ExportHolding
 from imagecache.daemon.recording import ExportStart, StartKeeper
 from imagecache.errors import Busy, CubecacheError, NotFound, Unavailable, UsageError
 from imagecache.facechoice import FaceChoice
+from imagecache.leases.pins import pin
 from imagecache.oci.config import parse_config
 from imagecache.oci.reference import parse_reference
 from imagecache.profile.prepare import ImageNames, prepare_quietly
@@ -47,7 +49,8 @@ from imagecache.store.open import OpenedStore, open_store
 from imagecache.store.settings import StoreSettings
 from nbdserver.limits import Limits
 from nbdserver.server import Server
-from preload.jobs import JobQueue
+from preload.jobs import Job, JobQueue
+from preload.jobtable import JobTable
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +95,11 @@ class Service:
             self.fetcher,
             scratch=settings.state_dir / "spool" / "boot",
         )
-        self.jobs = JobQueue(self._build)
+        self.jobs = JobQueue(
+            self._build,
+            JobTable(settings.state_dir / "jobs.db"),
+            quota=lambda: self.settings.preload.queued_per_owner,
+        )
         self.nbd = Server(limits=Limits())
         self.ready = False
         self.started = time.time()
@@ -100,6 +107,10 @@ class Service:
         self._live: dict[str, LiveExport] = {}
         self._images: dict[str, ImageMap] = {}
         self._changing = asyncio.Lock()
+        self.holding = ExportHolding(self.catalog, self.objects, self._live, self._keep)
+
+    async def _keep(self, record: ExportRecord) -> None:
+        await asyncio.to_thread(self._table.save, record)
 
     @classmethod
     async def open(cls, settings: Settings) -> Service:
@@ -129,7 +140,11 @@ class Service:
             export = LiveExport(record, self.settings.nbd_socket)
             self._live[record.name] = export
             try:
-                await self._attach(export)
+                try:
+                    await self._attach(export)
+                except NotFound:
+                    await self.holding.relocate(export)  # collected from while we were away
+                    await self._attach(export)
             except CubecacheError as error:
                 export.failure = str(error)
                 logger.warning("export %s cannot be restored: %s", record.name, error)
@@ -140,7 +155,8 @@ class Service:
                 self.nbd.listen_tcp(host.strip("[]"), int(port), ExportView(self._live))
             except (OSError, OverflowError) as error:
                 raise Unavailable(f"cannot listen on {self.settings.nbd.tcp}: {error}") from error
-        self.jobs.start()
+        await self.jobs.start()
+        self.holding.start()
         self.ready = True
 
     def _listen(self, path: Path, view: ExportView) -> Any:
@@ -151,8 +167,12 @@ class Service:
         except OSError as error:
             raise Unavailable(f"cannot listen on {path}: {error.strerror or error}") from error
 
-    async def _build(self, request: ImageRequest, report: Report) -> BuildResult:
+    async def _build(self, job: Job, report: Report) -> BuildResult:
+        request = job.request
         built = await build_image(self.settings, self.catalog, request, report)
+        if job.pin_seconds:
+            name = request.reference
+            await pin(self.catalog, await self._root(request), name, job.pin_seconds)
         await self._prepare_start(request)
         return built
 
@@ -207,6 +227,7 @@ class Service:
             await self._attach(export, recording=request.record, known=known)
             await asyncio.to_thread(self._table.save, record)
             self._live[name] = export
+            self.holding.changed()
             logger.info("export %s of %s", name, root.image)
             return export
 
@@ -336,6 +357,7 @@ class Service:
             await self._detach(export)
             await asyncio.to_thread(self._table.drop, name)
             del self._live[name]
+            self.holding.changed()
             if not any(x.record.block_image == export.record.block_image for x in self.exports()):
                 self._images.pop(export.record.block_image, None)
 
@@ -376,6 +398,7 @@ class Service:
             export.listener = None  # closed by the drain
             with contextlib.suppress(CubecacheError):
                 await self._detach(export)
+        await self.holding.close()
         await self.fetcher.close()
         await self.arena.close()
         await self.objects.close()

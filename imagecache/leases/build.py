@@ -8,6 +8,8 @@ at the commit at the latest, and starts over.
 from __future__ import annotations
 
 import asyncio
+import functools
+import hashlib
 import logging
 import os
 import secrets
@@ -15,6 +17,7 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from imagecache.blockimage.generations import State
 from imagecache.blockimage.holdings import LeaseRecord
@@ -47,8 +50,33 @@ class LeaseTimes:
 
 def new_holder() -> str:
     """A name for this process as a holder, that no other has; it can stand in a key."""
+    return f"h.{_host()}.{os.getpid()}.{secrets.token_hex(8)}"
+
+
+@functools.cache
+def _host() -> str:
+    """This host since its start, and this name-space of process ids."""
     host = "".join(x if x.isascii() and x.isalnum() else "-" for x in socket.gethostname())
-    return f"h.{host[:60]}.{os.getpid()}.{secrets.token_hex(8)}"
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+        known = f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        known = secrets.token_hex(8)  # then nobody here is ever taken for dead
+    return f"{host[:60]}-{hashlib.sha256(known.encode()).hexdigest()[:12]}"
+
+
+def is_dead(holder: str) -> bool:
+    """Whether a holder is a process of this host that has ended; its lease need not run out."""
+    parts = holder.split(".")
+    if len(parts) < 4 or parts[1] != _host() or not parts[2].isdecimal():
+        return False
+    try:
+        os.kill(int(parts[2]), 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        return False
+    return False
 
 
 class BuildLease:
@@ -148,20 +176,25 @@ class BuildLeases:
         self._warned = False
 
     async def meet(
-        self, key: ImageKey, waiting: Callable[[str], None] | None = None
+        self,
+        key: ImageKey,
+        waiting: Callable[[str], None] | None = None,
+        *,
+        anew: bool = False,
     ) -> BuildLease | RootRecord:
         """The root that another builder commits meanwhile, or the lease to build it under.
 
         `waiting` is told the holder that is waited for. Ends when the other ends or runs out.
+        `anew` asks for the lease even where there is a root.
         """
         while True:
             generation = await self._catalog.active_generation()
-            root = await self._root(key, generation)
+            root = None if anew else await self._root(key, generation)
             if root is not None:
                 return root
             claimed = await self._claim(key, generation)
             if isinstance(claimed, BuildLease):
-                root = await self._root(key, generation)
+                root = None if anew else await self._root(key, generation)
                 if root is not None:
                     await claimed.release()
                     return root
@@ -198,7 +231,8 @@ class BuildLeases:
             return "a builder that has just ended"
         except Corrupt:
             there = replace(record, holder="nobody", ttl_seconds=0)
-        if await self._clock.now() - stat.modified <= there.ttl_seconds:
+        in_time = await self._clock.now() - stat.modified <= there.ttl_seconds
+        if in_time and not is_dead(there.holder):
             return there.holder
         log.info("taking over the build that %s left", there.holder)
         await store.put(where, record.encode())

@@ -8,7 +8,7 @@ from imagecache.blockimage.holdings import LeaseRecord
 from imagecache.blockimage.records import MAX_RECORD
 from imagecache.catalog import Catalog
 from imagecache.errors import Busy, Corrupt, NotFound
-from imagecache.leases.build import LeaseLost, new_holder
+from imagecache.leases.build import LeaseLost, is_dead, new_holder
 from imagecache.leases.clock import StoreClock
 
 TTL_SECONDS = 600
@@ -37,7 +37,8 @@ class CollectorLease:
             token = there.token + 1
             with suppress(NotFound):
                 written = (await self._store.stat(self._key)).modified
-                if await self._clock.now() - written <= there.ttl_seconds:
+                in_time = await self._clock.now() - written <= there.ttl_seconds
+                if in_time and not is_dead(there.holder):
                     raise Busy(
                         f"{there.holder} is collecting this realm",
                         remedy="wait for it; its lease ends 10 minutes after it does",

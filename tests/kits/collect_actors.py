@@ -257,9 +257,7 @@ class Life:
             for _ in range(4):
                 root = await self.catalog.find_root(ImageKey(image, Face.EROFS, OPTIONS))
                 if not await lease.hold([Held(image, root.generation, root.packs)]):
-                    written = self.world.objects[
-                        self.catalog.keys.reader_lease(self.actor.name)
-                    ][1]
+                    written = self.world.objects[self.catalog.keys.reader_lease(self.actor.name)][1]
                     if written + READER_TTL > self.world.now:
                         self.world.promise(me, Firm(image, root.packs, written + READER_TTL))
                     return root

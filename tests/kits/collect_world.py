@@ -51,6 +51,7 @@ class Actor:
     seen: dict[int, State] = field(default_factory=dict)  # by its last look at the generations
     ops_since_look: int = 1 << 30
     ops: int = 0
+    at_border: bool = False  # it has just decided or announced something: the worst time to freeze
 
     async def step(self) -> None:
         if self.dead:
@@ -58,6 +59,7 @@ class Actor:
         await Pause()
         if self.dead:
             raise Killed
+        self.at_border = False
         self.ops += 1
         self.ops_since_look += 1
 
@@ -94,6 +96,8 @@ class World:
         self.manifests: dict[str, tuple[str, ...]] = {}  # block image -> index names
         self.promises: dict[str, Firm] = {}
         self.deletes = self.expired = 0
+        keys = self.keys
+        self.borders = (keys.generations, keys.aliases, keys.pins, f"{keys.prefix}leases/")
 
     # --- the rules
 
@@ -269,15 +273,19 @@ class StepStore:
 
     async def put(self, key: str, body: bytes | Path, *, only_if_absent: bool = False) -> bool:
         assert isinstance(body, bytes)
+        border = key.startswith(self.world.borders)
+        self.actor.at_border = self.actor.at_border or border or "/roots/" in key
         await self.actor.step()
         self._maybe_fail()
         if only_if_absent:
             if key in self.world.objects:
                 return False
             if not self.world.atomic:
+                self.actor.at_border = True
                 await self.actor.step()
                 self.actor.ops_since_look -= 1
         self.world.objects[key] = (bytes(body), self.world.now)
+        self.actor.at_border = border
         self.world.wrote(self.actor, key, body)
         self._maybe_fail()
         if only_if_absent and not self.world.atomic:
@@ -315,6 +323,7 @@ class StepStore:
         if looks:
             self.actor.seen = {g.number: g.state for g in parse_generations(prefix, found)}
             self.actor.ops_since_look = 0
+            self.actor.at_border = True
 
     async def delete(self, key: str) -> None:
         await self.actor.step()
