@@ -5,7 +5,7 @@ on a host that has nothing (fresh arena, fresh page cache of the disk) but a run
 
   pull       skopeo and tar, then the program in the unpacked tree
   fill       ours, stored, nothing known and nothing predicted: demand and fill alone
-  unlearned  ours, stored, nothing known: the host predicts while the program starts
+  unlearned  ours, stored, nothing known: a host predicts by itself where the image is large
   predicted  ours as after any preload: a boot pack made from a prediction then
   profile    ours with one recording of this image
   previous   ours with a recording of the version before, carried over when this one was preloaded

@@ -45,6 +45,10 @@ log = logging.getLogger(__name__)
 
 _FIND_SECONDS = 10.0
 _POLL_SECONDS = 0.5
+_SOON_BYTES = 256 << 20
+"""A whole image of this size is here before a host has followed its imports: measured, importing
+numpy from 70 MB at 100 MB/s is ready 0.5 s later with a prediction made meanwhile than without. A
+prediction made by the preload is free, and is what images usually have."""
 
 
 @dataclass(slots=True)
@@ -189,7 +193,9 @@ class ExportStart:
             known = await self._known
         if known is None:
             self._fill.start()
-            await self._bring_predicted()
+            whole = self._fill.progress.mode is FillMode.WHOLE
+            if not whole or self._image.stored_bytes > _SOON_BYTES:
+                await self._bring_predicted()
             return
         same = known.own and known.record.block_image == record.block_image
         self._brought.source = "profile" if same else "carried profile"

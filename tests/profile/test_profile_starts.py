@@ -16,6 +16,8 @@ from imagecache.blockimage.records import RootRecord
 from imagecache.catalog import Catalog
 from imagecache.chunks import BLOCK
 from imagecache.composition import ImageRequest, build_image, opened_catalog
+from imagecache.daemon.recording import repository_of
+from imagecache.daemon.service import ExportRequest, Service
 from imagecache.errors import NotFound
 from imagecache.profile.chunkreader import ChunkReader
 from imagecache.profile.mapping import FilePart, ordinals_of, parts_at, profile_of
@@ -54,6 +56,7 @@ class Shop:
     starts: Starts
     builder: StartBuilder
     roots: list[RootRecord]
+    references: list[str]
 
     async def image(self, number: int) -> LoadedImage:
         return await load_image(self.catalog, self.roots[number])
@@ -63,16 +66,17 @@ class Shop:
 async def shop(tmp_path: Path) -> AsyncIterator[Shop]:
     settings = Settings(state_dir=tmp_path / "state", store_url=(tmp_path / "store").as_uri())
     async with opened_catalog(settings) as (opened, catalog):
-        roots = []
+        roots, references = [], []
         for version in (1, 2):
             run = RunSettings(command=("/bin/app",))
             reference = write_image(tmp_path / f"image-{version}", layers(version), run)
+            references.append(reference)
             request = ImageRequest.parse(reference, None, "erofs")
             built = await build_image(settings, catalog, request, lambda _: None)
             roots += [r async for r in catalog.roots() if r.image == built.as_json()["image"]]
         starts = Starts(catalog)
         builder = StartBuilder(catalog, starts, opened.reader, scratch=tmp_path / "scratch")
-        yield Shop(settings, opened, catalog, starts, builder, roots)
+        yield Shop(settings, opened, catalog, starts, builder, roots, references)
 
 
 async def recorded(shop: Shop, number: int, *paths: bytes) -> Profile:
@@ -164,6 +168,54 @@ async def test_the_next_version_is_given_the_last_ones_profile(shop: Shop) -> No
     for path in (b"lib/changed", b"lib/large"):
         for ordinal in image.view.chunks_of(image.view.span(*image.view.resolve(path))):
             assert image.map.digest(ordinal) in digests
+
+
+async def test_a_host_carries_over_by_itself_where_nobody_did(shop: Shop) -> None:
+    """A new version without a start of its own: the old pack's share streams, the rest is asked."""
+    repository = repository_of(ImageRequest.parse(shop.references[1], None, "erofs").reference)
+    profile = await recorded(shop, 0, b"lib/only-1", b"lib/changed", b"lib/large")
+    await shop.builder.build(repository, await shop.image(0), profile)
+    service = await Service.open(shop.settings)
+    try:
+        request = ImageRequest.parse(shop.references[1], None, "erofs")
+        export = await service.export(ExportRequest(request, fill="hot"))
+        async with asyncio.timeout(20):
+            while export.fill is None or export.fill.progress.state != "done":
+                await asyncio.sleep(0.02)
+        assert export.start is not None
+        found = export.start.summary()
+        assert found["source"] == "carried profile"
+        assert found["error"] is None
+        assert found["streamed"]["chunks"] > 0
+        image = await shop.image(1)
+        for path in (b"lib/changed", b"lib/large"):
+            for ordinal in image.view.chunks_of(image.view.span(*image.view.resolve(path))):
+                assert service.arena.holds(image.map.digest(ordinal))
+        (fresh,) = image.view.chunks_of(image.view.span(*image.view.resolve(b"bin/sh")))[:1]
+        assert not service.arena.holds(image.map.digest(fresh))
+    finally:
+        await service.close()
+
+
+async def test_a_host_predicts_where_nothing_is_known(shop: Shop) -> None:
+    service = await Service.open(shop.settings)
+    try:
+        request = ImageRequest.parse(shop.references[0], None, "erofs")
+        export = await service.export(ExportRequest(request, fill="hot"))
+        assert export.start is not None
+        async with asyncio.timeout(20):
+            while not export.start.summary()["asked_chunks"]:
+                await asyncio.sleep(0.02)
+        found = export.start.summary()
+        assert (found["source"], found["error"]) == ("prediction", None)
+        image = await shop.image(0)
+        async with asyncio.timeout(20):
+            for path in (b"bin/app", b"bin/sh"):  # the entrypoint is a script of bin/sh
+                for ordinal in image.view.chunks_of(image.view.span(*image.view.resolve(path))):
+                    while not service.arena.holds(image.map.digest(ordinal)):
+                        await asyncio.sleep(0.02)
+    finally:
+        await service.close()
 
 
 async def test_a_repository_without_any_start_has_none(shop: Shop) -> None:
