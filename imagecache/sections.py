@@ -68,12 +68,19 @@ class BuildSection:
 class PreloadSection:
     """[preload]: the daemon's jobs."""
 
-    bytes_per_second: int = _setting(
-        0, "Bound of the downloads from registries; 0: none. For jobs begun later.", reload=True
-    )
     queued_per_owner: int = _setting(
         500, "Jobs that one owner may have waiting; more are answered 429.", reload=True
     )
+
+
+@dataclass(frozen=True, slots=True)
+class PricesSection:
+    """[prices]: what the store charges, for `stats`; in whatever money. 0: not reckoned."""
+
+    gib_month: float = _setting(0.0, "A GiB stored for a month.")
+    thousand_writes: float = _setting(0.0, "1,000 PUT or LIST requests.")
+    thousand_reads: float = _setting(0.0, "1,000 GET or HEAD requests.")
+    gib_out: float = _setting(0.0, "A GiB read.")
 
 
 @dataclass(frozen=True, slots=True)

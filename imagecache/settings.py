@@ -26,6 +26,7 @@ from imagecache.sections import (
     LogSection,
     NbdSection,
     PreloadSection,
+    PricesSection,
     RegistrySection,
     StoreSection,
 )
@@ -39,17 +40,21 @@ __all__ = [
     "LogSection",
     "NbdSection",
     "PreloadSection",
+    "PricesSection",
     "RegistrySection",
     "Setting",
     "Settings",
     "StoreSection",
     "load_settings",
+    "parse_duration",
     "parse_size",
     "reloaded",
 ]
 
 _SIZE = re.compile(r"(\d+)\s*(B|KiB|MiB|GiB|TiB|)")
 _UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+_DURATION = re.compile(r"(\d{1,9})([smhd]?)")
+_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 MAX_CONFIG = 1 << 20
 FILLS = ("whole", "hot", "none")
@@ -71,6 +76,7 @@ class Settings:
     registry: RegistrySection = field(default_factory=RegistrySection)
     build: BuildSection = field(default_factory=BuildSection)
     preload: PreloadSection = field(default_factory=PreloadSection)
+    prices: PricesSection = field(default_factory=PricesSection)
     nbd: NbdSection = field(default_factory=NbdSection)
     api: ApiSection = field(default_factory=ApiSection)
     log: LogSection = field(default_factory=LogSection)
@@ -135,6 +141,7 @@ _SECTIONS: dict[str, Any] = {
     "registry": RegistrySection,
     "build": BuildSection,
     "preload": PreloadSection,
+    "prices": PricesSection,
     "nbd": NbdSection,
     "api": ApiSection,
     "log": LogSection,
@@ -243,6 +250,14 @@ def parse_size(value: object, name: str) -> int:
     if match is None:
         raise UsageError(f"{name} = {value!r} is not a size", remedy='write bytes or "20GiB"')
     return int(match[1]) * _UNITS[match[2]]
+
+
+def parse_duration(text: str, name: str) -> int:
+    """Seconds from "90", "15m", "12h" or "7d"; raises UsageError."""
+    match = _DURATION.fullmatch(text)
+    if match is None or not int(match[1]):
+        raise UsageError(f"{name} = {text!r} is not a duration", remedy="write 90s, 15m, 12h or 7d")
+    return int(match[1]) * _SECONDS[match[2]]
 
 
 def _read(path: Path) -> dict[str, Any]:
