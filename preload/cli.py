@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
+from imagecache.blockimage.keys import ImageKey
 from imagecache.build.progress import Progress
 from imagecache.composition import ImageRequest, build_image, opened_catalog
 from imagecache.errors import CubecacheError
+from imagecache.facechoice import FaceChoice
+from imagecache.leases.pins import pin as pin_image
 from imagecache.session import Session, face_option, fill_option, json_option, platform_option
-from imagecache.settings import Settings
+from imagecache.settings import Settings, parse_duration
 from imagecache.terminal import Terminal, size_text, table_text
 from preload.client import answers, connect
+from preload.jobcommands import jobs
+from preload.planning import Experience, look
 from preload.profiling import explain, prepare_here, profile
 
 
 def register(group: click.Group) -> None:
     """Adds this package's commands."""
-    for command in (preload, export, exports, unexport, profile, explain):
+    for command in (preload, jobs, export, exports, unexport, profile, explain):
         group.add_command(command)
 
 
@@ -38,48 +47,126 @@ def show_job(terminal: Terminal, job: dict[str, Any]) -> None:
 
 @click.command(
     epilog="\b\nExamples:\n  cubecache preload docker.io/library/nginx:1.27\n"
-    "  cubecache preload oci:./image:latest docker-archive:saved.tar --json"
+    "  cubecache preload oci:./image:latest docker-archive:saved.tar --json\n"
+    "  cubecache preload --dry-run docker.io/library/nginx:1.27\n"
+    "  cubecache preload --detach --priority 5 --pin 7d docker.io/library/nginx:1.27"
 )
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
 @platform_option
 @face_option
+@click.option("--dry-run", is_flag=True, help="Say what would be downloaded and stored, no more.")
+@click.option("--detach", is_flag=True, help="Leave it to the daemon: `cubecache jobs`.")
+@click.option(
+    "--priority", type=click.IntRange(-100, 100), default=0, help="Higher goes first (daemon)."
+)
+@click.option("--pin", metavar="TIME", help="Keep the images for so long, as in 12h or 7d.")
 @json_option
 @click.pass_obj
-def preload(session: Session, *, images: tuple[str, ...], platform: str | None, face: str) -> None:
+def preload(
+    session: Session,
+    *,
+    images: tuple[str, ...],
+    platform: str | None,
+    face: str,
+    dry_run: bool,
+    detach: bool,
+    priority: int,
+    pin: str | None,
+) -> None:
     """Pull, flatten and store images, so that they start at once later.
 
     An image that is there already costs one look-up; a layer that is there is neither pulled nor
     converted again. An interrupted preload resumes. Where a daemon runs on this state directory
-    it does the work.
+    it does the work, one image after the other; its jobs survive it.
     """
     requests = [ImageRequest.parse(image, platform, face) for image in images]
-    asyncio.run(_preload(session, requests))
+    if dry_run:
+        asyncio.run(_plan(session, requests))
+        return
+    order = _Order(requests, priority, parse_duration(pin, "--pin") if pin else 0)
+    asyncio.run(_detach(session, order) if detach else _preload(session, order))
 
 
-async def _preload(session: Session, requests: list[ImageRequest]) -> None:
+@dataclass(frozen=True, slots=True)
+class _Order:
+    requests: list[ImageRequest]
+    priority: int
+    pin_seconds: int
+
+
+async def _plan(session: Session, requests: list[ImageRequest]) -> None:
+    known = Experience()
+    if await answers(session.settings):
+        async with connect(session.settings, start=False) as client:
+            plans = await client.plan(requests)
+    else:
+        async with opened_catalog(session.settings) as (_, catalog):
+            plans = [
+                (await look(session.settings, catalog, request, known)).as_json()
+                for request in requests
+            ]
+    for plan in plans:
+        seconds = plan["seconds_estimate"]
+        session.terminal.answer(
+            plan,
+            f"{plan['image']}: {plan['digest']}\n"
+            + (
+                "  is preloaded"
+                if plan["present"]
+                else f"  {plan['missing_layers']} of {plan['layers']} layers missing, "
+                f"{size_text(plan['download_bytes'])} of {size_text(plan['total_bytes'])} to "
+                f"download, about {size_text(plan['store_bytes_estimate'])} to store, "
+                + ("time unknown" if seconds is None else f"about {seconds:.0f} s")
+            ),
+        )
+
+
+async def _detach(session: Session, order: _Order) -> None:
+    async with connect(session.settings, start=False) as client:
+        jobs = await client.submit(
+            order.requests, priority=order.priority, pin_seconds=order.pin_seconds
+        )
+    for job in jobs:
+        session.terminal.answer(job, f"{job['id']}  {job['state']}  {job['image']}")
+
+
+async def _preload(session: Session, order: _Order) -> None:
     failures: list[CubecacheError] = []
-    by_daemon = await answers(session.settings)
-    for request in requests:
-        try:
-            if by_daemon:
-                async with connect(session.settings, start=False) as client:
-                    result = await client.preload(
-                        request, lambda job: show_job(session.terminal, job)
-                    )
-            else:
-                result = await _here(session.settings, request, session.terminal)
-        except CubecacheError as error:
-            if len(requests) == 1:
-                raise
-            session.terminal.note(f"cubecache: {request.reference}: {error}")
-            failures.append(error)
-            continue
-        session.terminal.answer(result, _summary(result))
+    async with AsyncExitStack() as stack:
+        results = await _results(session, order, stack)
+        for request, result in zip(order.requests, results, strict=True):
+            try:
+                answer = await result()
+            except CubecacheError as error:
+                if len(order.requests) == 1:
+                    raise
+                session.terminal.note(f"cubecache: {request.reference}: {error}")
+                failures.append(error)
+                continue
+            session.terminal.answer(answer, _summary(answer))
     if failures:
         raise failures[0]
 
 
-async def _here(settings: Settings, request: ImageRequest, terminal: Terminal) -> dict[str, Any]:
+async def _results(
+    session: Session, order: _Order, stack: AsyncExitStack
+) -> list[Callable[[], Awaitable[dict[str, Any]]]]:
+    """One call per image that brings its result: by the daemon, or here where none runs."""
+    if not await answers(session.settings):
+        return [
+            partial(_here, session.settings, request, order.pin_seconds, session.terminal)
+            for request in order.requests
+        ]
+    client = await stack.enter_async_context(connect(session.settings, start=False))
+    jobs = await client.submit(
+        order.requests, priority=order.priority, pin_seconds=order.pin_seconds
+    )
+    return [partial(client.wait, job, partial(show_job, session.terminal)) for job in jobs]
+
+
+async def _here(
+    settings: Settings, request: ImageRequest, pin_seconds: int, terminal: Terminal
+) -> dict[str, Any]:
     def report(progress: Progress) -> None:
         label = f"{request.reference}: {progress.stage}"
         if progress.layer:
@@ -88,6 +175,10 @@ async def _here(settings: Settings, request: ImageRequest, terminal: Terminal) -
 
     async with opened_catalog(settings) as (opened, catalog):
         built = (await build_image(settings, catalog, request, report)).as_json()
+        if pin_seconds:
+            choice = FaceChoice.parse(request.face)
+            key = ImageKey(built["image"], choice.face, choice.options)
+            await pin_image(catalog, await catalog.find_root(key), request.reference, pin_seconds)
         await prepare_here(settings, opened, catalog, request)
         return built
 

@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,15 +83,26 @@ class Client:
             raise from_record(answer if isinstance(answer, dict) else {"message": str(answer)})
         return answer
 
-    async def preload(self, request: ImageRequest, on_progress: OnProgress) -> dict[str, Any]:
-        """Hands a preload to the daemon and waits for its end; the result's JSON object."""
+    async def submit(
+        self, requests: Sequence[ImageRequest], *, priority: int = 0, pin_seconds: int = 0
+    ) -> list[dict[str, Any]]:
+        """Queues preloads and returns their jobs' JSON objects, in order; does not wait.
+
+        All requests are of one platform and face. Raises Busy where too many wait.
+        """
         body = {
-            "image": request.reference,
-            "platform": request.platform,
-            "fs": request.face,
+            "images": [request.reference for request in requests],
+            "platform": requests[0].platform,
+            "fs": requests[0].face,
+            "priority": priority,
+            "pin_seconds": pin_seconds or None,
         }
-        job = await self.call("POST", "/v1/preloads", body)
-        while job["state"] in ("queued", "running"):
+        jobs: list[dict[str, Any]] = (await self.call("POST", "/v1/preloads", body))["preloads"]
+        return jobs
+
+    async def wait(self, job: dict[str, Any], on_progress: OnProgress) -> dict[str, Any]:
+        """A job's result, once it is done; raises what it failed with."""
+        while job["state"] in ("queued", "running", "paused"):
             on_progress(job)
             job = await self.call(
                 "GET", f"/v1/preloads/{job['id']}", wait=WATCH_SECONDS, since=job["version"]
@@ -99,9 +110,48 @@ class Client:
         if job["error"]:
             raise from_record(job["error"])
         if job["result"] is None:
-            raise CubecacheError(f"the preload of {request.reference} was {job['state']}")
+            raise CubecacheError(f"the preload of {job['image']} was {job['state']}")
         result: dict[str, Any] = job["result"]
         return result
+
+    async def preload(self, request: ImageRequest, on_progress: OnProgress) -> dict[str, Any]:
+        """Hands a preload to the daemon and waits for its end; the result's JSON object."""
+        (job,) = await self.submit([request])
+        return await self.wait(job, on_progress)
+
+    async def plan(self, requests: Sequence[ImageRequest]) -> list[dict[str, Any]]:
+        """What preloads would do (`preload.planning.Plan` as JSON); changes nothing."""
+        plans: list[dict[str, Any]] = []
+        for request in requests:
+            body = {
+                "images": [request.reference],
+                "platform": request.platform,
+                "fs": request.face,
+            }
+            plans += (await self.call("POST", "/v1/plans", body))["plans"]
+        return plans
+
+    async def jobs(self) -> list[dict[str, Any]]:
+        """All jobs that the daemon remembers, oldest first."""
+        answer: list[dict[str, Any]] = (await self.call("GET", "/v1/preloads"))["preloads"]
+        return answer
+
+    async def cancel(self, identity: str) -> dict[str, Any]:
+        """Cancels a job; what it downloaded stays."""
+        answer: dict[str, Any] = await self.call("DELETE", f"/v1/preloads/{identity}")
+        return answer
+
+    async def pause(self, identity: str) -> dict[str, Any]:
+        """Stops a job until `resume`."""
+        return await self._change(identity, "pause")
+
+    async def resume(self, identity: str) -> dict[str, Any]:
+        """Queues a paused job again."""
+        return await self._change(identity, "resume")
+
+    async def _change(self, identity: str, what: str) -> dict[str, Any]:
+        answer: dict[str, Any] = await self.call("POST", f"/v1/preloads/{identity}/{what}")
+        return answer
 
     async def export(
         self,

@@ -1,4 +1,8 @@
-"""Preload jobs: a bounded queue, one build at a time, one job for equal requests."""
+"""Preload jobs: a bounded queue by priority, one build at a time, one job for equal requests.
+
+Every job is in the table before its submitter hears of it, and a restarted daemon goes on where
+the last one ended: what ran is queued again, and fails with a reason once it ended three daemons.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -15,19 +19,21 @@ from uuid import uuid4
 from imagecache.build.progress import BuildResult, Progress, Report
 from imagecache.composition import ImageRequest
 from imagecache.errors import Busy, CubecacheError, NotFound, as_record
+from preload.jobtable import JobRow, JobTable
+from preload.pace import Pace
 
 logger = logging.getLogger(__name__)
 
-MAX_QUEUED = 1000
+MAX_QUEUED = 5000
 MAX_KEPT = 200
-
-Build = Callable[[ImageRequest, Report], Awaitable[BuildResult]]
+MAX_ATTEMPTS = 3
+RETRY_SECONDS = 30.0
 
 
 class QueueFull(Busy):
     """Too many jobs wait; ask again after `retry_seconds`."""
 
-    def __init__(self, message: str, *, retry_seconds: float = 30) -> None:
+    def __init__(self, message: str, *, retry_seconds: float = RETRY_SECONDS) -> None:
         super().__init__(message, remedy=f"try again in {retry_seconds:.0f} seconds")
         self.retry_seconds = retry_seconds
 
@@ -36,10 +42,14 @@ class JobState(StrEnum):
     """Where a job stands; the last three are ends."""
 
     QUEUED = "queued"
+    PAUSED = "paused"
     RUNNING = "running"
     DONE = "done"
     FAILED = "failed"
     CANCELLED = "cancelled"
+
+
+_ENDS = (JobState.DONE, JobState.FAILED, JobState.CANCELLED)
 
 
 @dataclass(eq=False, slots=True)
@@ -49,18 +59,22 @@ class Job:
     identity: str
     request: ImageRequest
     owner: str = ""
+    priority: int = 0
+    pin_seconds: int = 0
     state: JobState = JobState.QUEUED
-    progress: Progress | None = None
-    result: BuildResult | None = None
-    error: CubecacheError | None = None
+    pace: Pace = field(default_factory=lambda: Pace(time.monotonic))
+    result: dict[str, Any] | None = None
+    error: dict[str, Any] | None = None
+    attempts: int = 0
+    submitted: float = 0.0  # seconds since the epoch
     version: int = 0
-    started: float = 0.0
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+    stop_as: JobState = JobState.CANCELLED
 
     @property
     def ended(self) -> bool:
         """Whether nothing will change any more."""
-        return self.state in (JobState.DONE, JobState.FAILED, JobState.CANCELLED)
+        return self.state in _ENDS
 
     def touch(self) -> None:
         """Marks a change and wakes every watcher."""
@@ -78,54 +92,137 @@ class Job:
 
     def as_json(self) -> dict[str, Any]:
         """What the API answers of a job."""
-        progress = self.progress
         return {
             "id": self.identity,
             "image": self.request.reference,
             "state": self.state.value,
+            "owner": self.owner,
+            "priority": self.priority,
+            "pin_seconds": self.pin_seconds,
+            "submitted": self.submitted,
+            "attempts": self.attempts,
             "version": self.version,
-            "progress": None
-            if progress is None
-            else {
-                "stage": progress.stage.value,
-                "layer": progress.layer,
-                "layers": progress.layers,
-                "done_bytes": progress.done_bytes,
-                "total_bytes": progress.total_bytes,
-            },
-            "result": self.result.as_json() if self.result else None,
-            "error": as_record(self.error) if self.error else None,
+            "progress": self.pace.as_json(),
+            "result": self.result,
+            "error": self.error,
         }
+
+    def row(self) -> JobRow:
+        """What the table keeps of it."""
+        return JobRow(
+            id=self.identity,
+            reference=self.request.reference,
+            platform=self.request.platform,
+            face=self.request.face,
+            owner=self.owner,
+            priority=self.priority,
+            pin_seconds=self.pin_seconds,
+            state=self.state.value,
+            attempts=self.attempts,
+            submitted=self.submitted,
+            result=self.result,
+            error=self.error,
+        )
+
+    @classmethod
+    def of(cls, row: JobRow) -> Job:
+        """The job that a row keeps."""
+        return cls(
+            identity=row.id,
+            request=ImageRequest(row.reference, row.platform, row.face),
+            owner=row.owner,
+            priority=row.priority,
+            pin_seconds=row.pin_seconds,
+            state=JobState(row.state),
+            attempts=row.attempts,
+            submitted=row.submitted,
+            result=row.result,
+            error=row.error,
+        )
+
+
+Build = Callable[[Job, Report], Awaitable[BuildResult]]
 
 
 class JobQueue:
-    """Runs jobs in order of submission; owned by the daemon, ended by `close`."""
+    """Runs jobs by priority, then in order; owned by the daemon: `start`, then `close`."""
 
-    def __init__(self, build: Build) -> None:
+    def __init__(
+        self, build: Build, table: JobTable, *, quota: Callable[[], int] = lambda: MAX_QUEUED
+    ) -> None:
         self._build = build
+        self._table = table
+        self._quota = quota
         self._jobs: dict[str, Job] = {}
-        self._queue: asyncio.Queue[Job] = asyncio.Queue(MAX_QUEUED)
+        self._wake = asyncio.Event()
+        self._saving = asyncio.Lock()
         self._runner: asyncio.Task[None] | None = None
         self._running: asyncio.Task[BuildResult] | None = None
         self._closing = False
 
-    def start(self) -> None:
-        """Starts the runner."""
+    async def start(self) -> None:
+        """Takes up the table's jobs and starts the runner."""
+        taken_up = []
+        for row in await asyncio.to_thread(self._table.load):
+            job = Job.of(row)
+            self._jobs[job.identity] = job
+            if job.state is JobState.RUNNING:
+                self._take_up(job)
+                taken_up.append(job)
+        await self._save(taken_up)
+        self._wake.set()
         self._runner = asyncio.create_task(self._run())
 
-    def submit(self, request: ImageRequest, owner: str = "") -> Job:
-        """The owner's job of an equal request that has not ended, or a new one; QueueFull."""
-        for job in self._jobs.values():
-            if job.request == request and job.owner == owner and not job.ended:
-                return job
-        job = Job(uuid4().hex, request, owner)
+    def _take_up(self, job: Job) -> None:
+        if job.attempts < MAX_ATTEMPTS:
+            job.state = JobState.QUEUED
+            return
+        job.state = JobState.FAILED
+        job.error = as_record(
+            CubecacheError(
+                f"the daemon ended {job.attempts} times while it preloaded {job.request.reference}",
+                remedy="see the daemon's log, then preload it again",
+            )
+        )
+
+    async def submit(
+        self,
+        requests: Sequence[ImageRequest],
+        *,
+        owner: str = "",
+        priority: int = 0,
+        pin_seconds: int = 0,
+    ) -> list[Job]:
+        """The owner's jobs of equal requests that have not ended, or new ones; QueueFull.
+
+        All are in the table when this returns, or none is queued.
+        """
+        waiting = {(x.request, x.owner): x for x in self._jobs.values() if not x.ended}
+        answer, fresh = [], []
+        for request in requests:
+            job = waiting.get((request, owner))
+            if job is None or job.pin_seconds < pin_seconds:
+                job = Job(uuid4().hex, request, owner, priority, pin_seconds)
+                job.submitted = time.time()
+                waiting[request, owner] = job
+                fresh.append(job)
+            answer.append(job)
+        mine = sum(not x.ended for x in self._jobs.values() if x.owner == owner)
+        if fresh and mine + len(fresh) > self._quota():
+            raise QueueFull(f"{mine} preloads of this owner have not ended")
+        if fresh and len(waiting) > MAX_QUEUED:
+            raise QueueFull(f"{MAX_QUEUED} preloads have not ended")
+        for job in fresh:
+            self._jobs[job.identity] = job
         try:
-            self._queue.put_nowait(job)
-        except asyncio.QueueFull as error:
-            raise QueueFull(f"{MAX_QUEUED} preloads are queued", retry_seconds=30) from error
-        self._jobs[job.identity] = job
-        self._forget()
-        return job
+            await self._save(fresh)
+        except CubecacheError:
+            for job in fresh:
+                self._jobs.pop(job.identity, None)
+            raise
+        await self._forget()
+        self._wake.set()
+        return answer
 
     def get(self, identity: str) -> Job:
         """One job; NotFound."""
@@ -138,57 +235,113 @@ class JobQueue:
         """All jobs that are remembered, oldest first."""
         return list(self._jobs.values())
 
-    def cancel(self, identity: str) -> Job:
+    async def cancel(self, identity: str) -> Job:
         """Ends a job; its blobs stay for a later one to resume."""
+        return await self._stop(self.get(identity), JobState.CANCELLED)
+
+    async def pause(self, identity: str) -> Job:
+        """Stops a job until `resume`; Busy where it has ended."""
         job = self.get(identity)
-        if job.state is JobState.RUNNING and self._running is not None:
-            self._running.cancel()
-        elif job.state is JobState.QUEUED:
-            job.state = JobState.CANCELLED
+        if job.ended:
+            raise Busy(f"preload job {identity} has ended ({job.state})")
+        return await self._stop(job, JobState.PAUSED)
+
+    async def resume(self, identity: str) -> Job:
+        """Queues a paused job again; Busy where it has ended."""
+        job = self.get(identity)
+        if job.ended:
+            raise Busy(f"preload job {identity} has ended ({job.state})")
+        if job.state is JobState.PAUSED:
+            job.state = JobState.QUEUED
             job.touch()
+            await self._save([job])
+            self._wake.set()
+        return job
+
+    async def _stop(self, job: Job, state: JobState) -> Job:
+        if job.state is JobState.RUNNING and self._running is not None:
+            job.stop_as = state
+            self._running.cancel()
+            while job.state is JobState.RUNNING:
+                await job.watch(job.version, RETRY_SECONDS)
+        elif not job.ended:
+            job.state = state
+            job.touch()
+            await self._save([job])
         return job
 
     async def close(self) -> None:
-        """Cancels what runs and ends the runner."""
+        """Ends the runner; what ran is queued again by the next daemon."""
         self._closing = True
         for task in (self._runner, self._running):
             if task is not None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
 
-    def _forget(self) -> None:
-        ended = [job for job in self._jobs.values() if job.ended]
-        for job in ended[: max(0, len(ended) - MAX_KEPT)]:
-            del self._jobs[job.identity]
+    async def _save(self, jobs: Sequence[Job]) -> None:
+        if not jobs:
+            return
+        async with self._saving:
+            await asyncio.to_thread(self._table.save, [job.row() for job in jobs])
+
+    async def _forget(self) -> None:
+        ended = [job.identity for job in self._jobs.values() if job.ended]
+        old = ended[: max(0, len(ended) - MAX_KEPT)]
+        for identity in old:
+            del self._jobs[identity]
+        if old:
+            async with self._saving:
+                await asyncio.to_thread(self._table.drop, old)
+
+    def _next(self) -> Job | None:
+        queued = [job for job in self._jobs.values() if job.state is JobState.QUEUED]
+        return max(queued, key=lambda job: job.priority, default=None)  # the first of equals
 
     async def _run(self) -> None:
         while True:
-            job = await self._queue.get()
-            if not job.ended:
+            job = self._next()
+            if job is None:
+                self._wake.clear()
+                await self._wake.wait()
+                continue
+            try:
                 await self._one(job)
+            except CubecacheError as error:
+                logger.error("the job table cannot be written: %s", error)
 
     async def _one(self, job: Job) -> None:
         def report(progress: Progress) -> None:
-            job.progress = progress
+            job.pace.note(progress)
             job.touch()
 
-        job.state, job.started = JobState.RUNNING, time.monotonic()
+        job.state, job.stop_as = JobState.RUNNING, JobState.CANCELLED
+        job.attempts += 1
+        self._running = asyncio.create_task(self._saved_and_built(job, report))
         job.touch()
-        self._running = asyncio.ensure_future(self._build(job.request, report))
         try:
-            job.result = await self._running
+            job.result = (await self._running).as_json()
             job.state = JobState.DONE
         except CubecacheError as error:
-            job.state, job.error = JobState.FAILED, error
+            job.state, job.error = JobState.FAILED, as_record(error)
         except asyncio.CancelledError:
-            job.state = JobState.CANCELLED
-            if self._closing:
-                self._running.cancel()
+            if self._closing:  # not its fault: the next daemon goes on with it
+                job.attempts -= 1
+                job.state = JobState.QUEUED
+                with contextlib.suppress(CubecacheError):
+                    await asyncio.shield(self._save([job]))
                 raise
+            job.state = job.stop_as
+            job.attempts -= job.state is JobState.PAUSED
         except Exception as error:
-            logger.exception("preload job %s failed", job.identity)
+            logger.exception("preload failed oddly", extra={"job": job.identity})
             job.state = JobState.FAILED
-            job.error = CubecacheError(f"internal error: {type(error).__name__}: {error}")
+            told = CubecacheError(f"internal error: {type(error).__name__}: {error}")
+            job.error = as_record(told)
         finally:
             self._running = None
             job.touch()
+        await self._save([job])
+
+    async def _saved_and_built(self, job: Job, report: Report) -> BuildResult:
+        await self._save([job])
+        return await self._build(job, report)

@@ -6,30 +6,25 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
-from imagecache.composition import ImageRequest
 from imagecache.daemon.access import Caller, Role, Tokens, hidden
 from imagecache.daemon.bodies import Field, checked, decoded, query_values
 from imagecache.daemon.exports import LiveExport
 from imagecache.daemon.gate import MAX_BODY, Gate
 from imagecache.daemon.metrics import exposition
-from imagecache.daemon.naming import require_public
 from imagecache.daemon.openapi import document
 from imagecache.daemon.operations import Call, Operation, operation, operations_of
+from imagecache.daemon.preloadroutes import FACE, PLATFORM, PreloadRoutes, requested
 from imagecache.daemon.service import ExportRequest, Service
 from imagecache.settings import FILLS
-from preload.jobs import Job
 
 GATE: web.AppKey[Gate] = web.AppKey("gate", Gate)
-MAX_WAIT_SECONDS = 60.0
 MAX_RECORD_SECONDS = 3600.0
 
 _IMAGE = Field("image", "text", "A reference, as `cubecache preload` takes it.", required=True)
-_PLATFORM = Field("platform", "text", "OS/ARCH of a multi-platform image.", most=64)
-_FACE = Field("fs", "text", "erofs, or ext4 with `:free=BYTES`.", most=64)
 _EXPORT = (
     _IMAGE,
-    _PLATFORM,
-    _FACE,
+    PLATFORM,
+    FACE,
     Field("socket", "text", "A unix socket of its own; admin only.", most=107),
     Field("name", "text", "The export's name.", most=128, pattern="[A-Za-z0-9][A-Za-z0-9._-]*"),
     Field("fill", "text", "How much to fetch in the background.", choices=FILLS),
@@ -37,19 +32,15 @@ _EXPORT = (
 )
 _RECORDING = (Field("seconds", "number", "Its length.", least=0.001, most=MAX_RECORD_SECONDS),)
 _FORCE = (Field("force", "flag", "Even while clients are attached; admin only."),)
-_WAIT = (
-    Field("wait", "number", "Answer when the version changes, or after so many seconds.", most=60),
-    Field("since", "number", "The version that the caller knows.", least=-1, most=2**53),
-)
 
 
 def application(service: Service, tokens: Tokens | None = None) -> web.Application:
     """The API over one service; without tokens nobody gets in over TCP."""
     gate = Gate(tokens or Tokens(), Role.parse(service.settings.api.group_role))
-    routes = Routes(service)
+    handlers = operations_of(Routes(service)) + operations_of(PreloadRoutes(service))
     app = web.Application(middlewares=[gate.middleware], client_max_size=MAX_BODY)
     app[GATE] = gate
-    for declared, handler in operations_of(routes):
+    for declared, handler in handlers:
         app.router.add_route(declared.method, declared.path, _admitted(gate, declared, handler))
     return app
 
@@ -92,12 +83,6 @@ class Routes:
                 return export
         raise hidden("export", call.name)
 
-    async def _image(self, call: Call, reference: str) -> ImageRequest:
-        image = ImageRequest.parse(reference, call.body["platform"], call.body["fs"] or "erofs")
-        if call.caller.remote and not self._service.settings.api.private_images:
-            await require_public(image.reference)
-        return image
-
     @operation("GET", "/healthz", role=None, answers={200: "Health"})
     async def healthy(self, _: Call) -> web.Response:
         """Whether the process answers."""
@@ -113,7 +98,7 @@ class Routes:
     @operation("GET", "/v1/openapi.json", role=None, answers={200: "OpenApi"})
     async def openapi(self, _: Call) -> web.Response:
         """This description."""
-        return web.json_response(document(declared for declared, _ in operations_of(self)))
+        return web.json_response(document(declared_operations()))
 
     @operation("GET", "/metrics", role=Role.READ, answers={200: "text/plain"})
     async def metrics(self, _: Call) -> web.Response:
@@ -144,7 +129,7 @@ class Routes:
         body = call.body
         if body["socket"] is not None:
             call.caller.require(Role.ADMIN, "a socket of one's own")
-        image = await self._image(call, body["image"])
+        image = await requested(self._service, call, body["image"])
         wanted = ExportRequest(
             image,
             body["socket"],
@@ -219,59 +204,8 @@ class Routes:
         start = self._service.start_of(self._export_of(call).record.name)
         return web.json_response(await start.stop_recording())
 
-    @operation("GET", "/v1/preloads", role=Role.READ, answers={200: "Preloads"})
-    async def preloads(self, call: Call) -> web.Response:
-        """Every job that the caller may know of, oldest first."""
-        return web.json_response({"preloads": [x.as_json() for x in self._jobs(call)]})
-
-    def _jobs(self, call: Call) -> list[Job]:
-        return [job for job in self._service.jobs.jobs() if call.caller.sees(job.owner)]
-
-    def _job_of(self, call: Call) -> Job:
-        for job in self._jobs(call):
-            if job.identity == call.name:
-                return job
-        raise hidden("preload", call.name)
-
-    @operation(
-        "POST",
-        "/v1/preloads",
-        role=Role.PRELOAD,
-        body=(_IMAGE, _PLATFORM, _FACE),
-        answers={202: "Preload"},
-        problems=(429, 503),
-    )
-    async def preload(self, call: Call) -> web.Response:
-        """Queue an image's preload, or find the job that an equal request made."""
-        image = await self._image(call, call.body["image"])
-        job = self._service.jobs.submit(image, owner=call.caller.owner)
-        return web.json_response(job.as_json(), status=202)
-
-    @operation(
-        "GET",
-        "/v1/preloads/{id}",
-        role=Role.READ,
-        query=_WAIT,
-        answers={200: "Preload"},
-        problems=(404,),
-    )
-    async def preload_state(self, call: Call) -> web.Response:
-        """One job; with `wait`, once it changed."""
-        job = self._job_of(call)
-        if call.query["wait"]:
-            since = call.query["since"]
-            await job.watch(-1 if since is None else int(since), call.query["wait"])
-        return web.json_response(job.as_json())
-
-    @operation(
-        "DELETE", "/v1/preloads/{id}", role=Role.PRELOAD, answers={200: "Preload"}, problems=(404,)
-    )
-    async def cancel(self, call: Call) -> web.Response:
-        """Cancel a job; what it downloaded stays for a later one."""
-        job = self._job_of(call)
-        return web.json_response(self._service.jobs.cancel(job.identity).as_json())
-
 
 def declared_operations() -> list[Operation]:
     """Every operation of the API, without a service."""
-    return [declared for declared, _ in operations_of(Routes.__new__(Routes))]
+    kinds = (Routes, PreloadRoutes)
+    return [item for kind in kinds for item, _ in operations_of(kind.__new__(kind))]

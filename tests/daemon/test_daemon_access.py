@@ -104,10 +104,10 @@ async def test_absent_and_wrong_tokens_look_the_same(remote: Remote) -> None:
 
 async def test_roles_bound_what_a_token_may_do(remote: Remote) -> None:
     """I11: a known token over its role is 403."""
-    body = {"image": "oci:/nowhere:latest"}
+    body = {"images": ["oci:/nowhere:latest"]}
     assert (await remote.call("reader", "POST", "/v1/preloads", body))[0] == 403
     assert (await remote.call("a", "POST", "/v1/preloads", body))[0] == 202
-    own = body | {"socket": "/tmp/x.sock"}
+    own = {"image": "oci:/nowhere:latest", "socket": "/tmp/x.sock"}
     assert (await remote.call("a", "POST", "/v1/exports", own))[0] == 403
 
 
@@ -117,7 +117,8 @@ async def test_owners_do_not_see_each_other(remote: Remote, built: str) -> None:
     status, first = await remote.call("a", "POST", "/v1/exports", body)
     assert (status, first["name"].startswith("team-a.")) == (201, True)
     assert (await remote.call("a", "POST", "/v1/exports", body))[0] == 200
-    _, job = await remote.call("a", "POST", "/v1/preloads", body)
+    _, jobs = await remote.call("a", "POST", "/v1/preloads", {"images": [built]})
+    (job,) = jobs["preloads"]
     for path in (f"/v1/exports/{first['name']}", f"/v1/preloads/{job['id']}"):
         status, hidden = await remote.call("b", "DELETE", path)
         absent_path = path.rsplit("/", 1)[0] + "/absent"
@@ -156,11 +157,13 @@ async def test_repeats_with_a_key_get_the_first_answer(remote: Remote, built: st
     assert (await remote.call("a", "POST", "/v1/exports", {"image": built}, **bad))[0] == 400
     together = await asyncio.gather(
         *(
-            remote.call("a", "POST", "/v1/preloads", {"image": built}, **{"Idempotency-Key": "k2"})
+            remote.call(
+                "a", "POST", "/v1/preloads", {"images": [built]}, **{"Idempotency-Key": "k2"}
+            )
             for _ in range(20)
         )
     )
-    assert len({answer["id"] for _, answer in together}) == 1
+    assert len({answer["preloads"][0]["id"] for _, answer in together}) == 1
 
 
 async def test_misplaced_secrets_are_neither_answered_nor_logged(
@@ -168,7 +171,7 @@ async def test_misplaced_secrets_are_neither_answered_nor_logged(
 ) -> None:
     """I13: credentials are the daemon's configuration; in a body they are unknown fields."""
     caplog.set_level(logging.DEBUG)
-    body = {"image": "docker.io/x", "credentials": {"password": "hunter2"}}
+    body = {"images": ["docker.io/x"], "credentials": {"password": "hunter2"}}
     status, answer = await remote.call("a", "POST", "/v1/preloads", body)
     assert status == 400
     assert "credentials" in answer["detail"]
@@ -185,11 +188,11 @@ async def test_network_callers_name_public_registries_only(
     async with served(where, api), aiohttp.ClientSession() as session:
         remote = Remote(session, f"http://127.0.0.1:{port}")
         for image in ("oci:/etc:x", "docker-archive:/etc/passwd", "127.0.0.1:5000/x", "[::1]:5/x"):
-            status, _ = await remote.call("boss", "POST", "/v1/preloads", {"image": image})
+            status, _ = await remote.call("boss", "POST", "/v1/preloads", {"images": [image]})
             assert status == 403, image
         connector = aiohttp.UnixConnector(path=str(where.control_socket))
         async with aiohttp.ClientSession("http://x", connector=connector) as local:
-            body = {"image": "127.0.0.1:1/x"}
+            body = {"images": ["127.0.0.1:1/x"]}
             async with local.post("/v1/preloads", json=body) as answer:
                 assert answer.status == 202
 

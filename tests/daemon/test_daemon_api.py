@@ -96,9 +96,10 @@ async def test_failed_preload_tells_its_kind_and_equal_ones_are_one_job(
     http: aiohttp.ClientSession,
 ) -> None:
     """I7, I9: equal requests share a job; a failed job ends with a typed error."""
-    body = json.dumps({"image": "oci:/nowhere:latest"}).encode()
+    body = json.dumps({"images": ["oci:/nowhere:latest"]}).encode()
     _, first = await post(http, "/v1/preloads", body, "application/json")
     _, second = await post(http, "/v1/preloads", body, "application/json")
+    (first,), (second,) = first["preloads"], second["preloads"]
     job = first
     while job["state"] in ("queued", "running"):
         query = {"wait": "5", "since": str(job["version"])}

@@ -1,0 +1,109 @@
+"""The daemon's jobs, in SQLite, so that they outlive it."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import sqlite_utils
+
+from imagecache.errors import Denied, NoSpace
+
+T = TypeVar("T")
+_STATES = ("queued", "paused", "running", "done", "failed", "cancelled")
+
+
+@dataclass(frozen=True, slots=True)
+class JobRow:
+    """One job as it is kept; times in seconds since the epoch."""
+
+    id: str
+    reference: str
+    platform: str | None
+    face: str
+    owner: str
+    priority: int
+    pin_seconds: int
+    state: str
+    attempts: int
+    submitted: float
+    result: dict[str, Any] | None
+    error: dict[str, Any] | None
+
+
+class JobTable:
+    """Blocking; called from threads one at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def _with(self, work: Callable[[Any], T]) -> T:
+        try:
+            database = sqlite_utils.Database(self._path)
+            try:
+                database.conn.execute("pragma synchronous=full")
+                if "jobs" not in database.table_names():
+                    columns: dict[str, Any] = dict.fromkeys(JobRow.__slots__, str)
+                    columns |= {"priority": int, "pin_seconds": int, "attempts": int}
+                    columns["submitted"] = float
+                    database.table("jobs").create(columns, pk="id")
+                return work(database.table("jobs"))
+            finally:
+                database.conn.close()
+        except sqlite3.OperationalError as error:
+            if "full" in str(error):
+                raise NoSpace(f"{self._path}: {error}", remedy="free disk space") from error
+            raise Denied(f"{self._path}: {error}") from error
+
+    def load(self) -> list[JobRow]:
+        """Every job, oldest first; a table that is not one is set aside and begun anew."""
+        try:
+            return self._with(
+                lambda table: [_row(found) for found in table.rows_where(order_by="submitted")]
+            )
+        except (sqlite3.DatabaseError, TypeError, ValueError):
+            self._path.replace(self._path.with_suffix(".damaged"))
+            return []
+
+    def save(self, rows: Sequence[JobRow]) -> None:
+        """Adds or replaces jobs, all or none; durable when it returns."""
+        names = ", ".join(JobRow.__slots__)
+        places = ", ".join("?" * len(JobRow.__slots__))
+        kept = [
+            tuple((asdict(row) | {"result": _text(row.result), "error": _text(row.error)}).values())
+            for row in rows
+        ]
+
+        def work(table: Any) -> None:
+            with table.db.conn as transaction:
+                transaction.executemany(
+                    f"insert or replace into jobs ({names}) values ({places})", kept
+                )
+
+        self._with(work)
+
+    def drop(self, identities: Sequence[str]) -> None:
+        """Forgets jobs."""
+
+        def work(table: Any) -> None:
+            with table.db.conn:
+                for identity in identities:
+                    table.delete_where("id = ?", [identity])
+
+        self._with(work)
+
+
+def _text(value: dict[str, Any] | None) -> str | None:
+    return None if value is None else json.dumps(value)
+
+
+def _row(found: dict[str, Any]) -> JobRow:
+    for name in ("result", "error"):
+        found[name] = None if found[name] is None else json.loads(found[name])
+    if found["state"] not in _STATES:
+        raise ValueError(found["state"])
+    return JobRow(**found)
