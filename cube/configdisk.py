@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from typing import Final
 
 from cube.container import ContainerSpec
+from cube.guest.modules import SETS
 from cube.records import field, number, text
-from imagecache.errors import LimitExceeded
+from imagecache.errors import LimitExceeded, UsageError
 
 MAGIC: Final = b"cubecfg1"
 HEADER: Final = struct.Struct("<8sII")  # magic, body length, CRC-32 of the body
 BODY_LIMIT: Final = 16 * 1024 * 1024
 CONTAINER_LIMIT: Final = 32
+MODULE_SET_LIMIT: Final = 16
 SERIAL: Final = "cube-config"
 
 
@@ -29,6 +31,7 @@ class _Key(enum.IntEnum):
     RESOLV = 3
     HOSTS = 4
     CONTAINER = 5
+    MODULES = 6
 
 
 class _ContainerKey(enum.IntEnum):
@@ -55,18 +58,29 @@ class GuestConfig:
     clock_ns: int = 0
     resolv_conf: bytes = b""  # empty: the image's own file stays
     hosts: bytes = b""
+    modules: Sequence[str] = ()  # further sets of guest.modules.SETS, loaded before any program
 
 
 def encode_config(config: GuestConfig) -> bytes:
-    """The disk's bytes, a whole number of 4096-byte blocks; raises LimitExceeded."""
+    """The disk's bytes, a whole number of 4096-byte blocks; raises LimitExceeded, UsageError."""
     if not 0 < len(config.containers) <= CONTAINER_LIMIT:
         raise LimitExceeded(f"a machine runs 1 to {CONTAINER_LIMIT} containers")
+    unknown = sorted(set(config.modules) - SETS.keys())
+    if unknown or len(config.modules) > MODULE_SET_LIMIT:
+        raise UsageError(
+            f"module sets {', '.join(unknown)} do not exist"
+            if unknown
+            else f"more than {MODULE_SET_LIMIT} module sets",
+            remedy=f"the sets are {', '.join(SETS)}",
+        )
     body = text(_Key.HOSTNAME, config.hostname) if config.hostname else b""
     body += number(_Key.CLOCK, config.clock_ns)
     if config.resolv_conf:
         body += field(_Key.RESOLV, config.resolv_conf)
     if config.hosts:
         body += field(_Key.HOSTS, config.hosts)
+    # Critical: a program whose modules are not there would fail in a way that nobody understands.
+    body += b"".join(text(_Key.MODULES, name, critical=True) for name in config.modules)
     body += b"".join(
         field(_Key.CONTAINER, _encode_container(container), critical=True)
         for container in config.containers

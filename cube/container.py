@@ -24,6 +24,7 @@ TOTAL_BYTES: Final = 8 * 1024 * 1024  # of all of them
 DEFAULT_CAPABILITIES: Final = sum(
     1 << bit for bit in (0, 1, 3, 4, 5, 6, 7, 8, 10, 13, 18, 27, 29, 31)
 )
+ALL_CAPABILITIES: Final = (1 << 64) - 1
 _HOSTNAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*")
 
 

@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Final
 
 from cube.configdisk import GuestConfig
-from cube.container import ContainerSpec, ImageDefaults, Overrides, check_hostname, compose
+from cube.container import (
+    DEFAULT_CAPABILITIES,
+    ContainerSpec,
+    ImageDefaults,
+    Overrides,
+    check_hostname,
+    compose,
+)
 from cube.errors import MachineFailed, Overdue
 from cube.frames import INPUT_WINDOW
 from cube.guest.assets import ensure_guest
@@ -48,6 +55,8 @@ class RunSettings:
     initrd: Path | None = None
     seconds: float | None = None  # until the program must have ended, from the start of its machine
     hostname: str = ""
+    modules: tuple[str, ...] = ()  # further sets of kernel modules (guest.modules.SETS)
+    capabilities: int = DEFAULT_CAPABILITIES  # those that root keeps
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,15 +89,20 @@ async def run_image(
     BrokenPipeError when nobody reads stdout any more.
     """
     hostname = check_hostname(settings.hostname or f"cube-{secrets.token_hex(4)}")
-    container = compose(root.defaults, overrides, hostname=hostname)
+    container = replace(
+        compose(root.defaults, overrides, hostname=hostname), capabilities=settings.capabilities
+    )
     files = await asyncio.to_thread(
         ensure_guest, settings.cache, kernel=settings.kernel, initrd=settings.initrd
     )
     platform = await choose_platform(settings.cache, files)
     spec = SandboxSpec(
         name=hostname,
-        config=guest_config(
-            container, root.file_system, hostname, wants_stdin=streams.stdin is not None
+        config=replace(
+            guest_config(
+                container, root.file_system, hostname, wants_stdin=streams.stdin is not None
+            ),
+            modules=settings.modules,
         ),
         disks=(NbdDisk(ROOT_SERIAL, root.socket, root.export),),
         memory_bytes=settings.memory_bytes,

@@ -15,7 +15,7 @@ import stat
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -140,13 +140,7 @@ async def boot(
     """
     directory, lock = await asyncio.to_thread(_make_directory)
     try:
-        config = GuestConfig(
-            containers=spec.config.containers,
-            hostname=spec.config.hostname,
-            clock_ns=clock_ns(),
-            resolv_conf=spec.config.resolv_conf,
-            hosts=spec.config.hosts,
-        )
+        config = replace(spec.config, clock_ns=clock_ns())
         disk = directory / "config.img"
         await asyncio.to_thread(_write_private, disk, encode_config(config))
         started = time.monotonic()

@@ -34,6 +34,8 @@ static void print_config(const struct config *config)
 {
     printf("ok hostname=%s containers=%zu", config->hostname ? config->hostname : "-",
            config->container_count);
+    for (size_t i = 0; i < config->module_set_count; i++)
+        printf(" modules=%s", config->module_sets[i]);
     for (size_t i = 0; i < config->container_count; i++)
         printf(" [%u %s %s args=%zu env=%zu first=%s]", config->containers[i].id,
                config->containers[i].root_disk, config->containers[i].root_fs,

@@ -181,6 +181,12 @@ const char *config_parse(const uint8_t header[CONFIG_HEADER], const uint8_t *bod
             else
                 error = parse_container(&field, &config->containers[config->container_count++]);
             break;
+        case CONFIG_MODULES:
+            if (config->module_set_count == MODULE_SET_LIMIT)
+                error = "the configuration asks for too many sets of modules";
+            else
+                error = set_text(&config->module_sets[config->module_set_count++], &field);
+            break;
         default:
             if (field.flags & FIELD_CRITICAL)
                 error = "the configuration needs what this agent does not know";
@@ -216,6 +222,8 @@ void config_free(struct config *config)
         free_strings(container->arguments, container->argument_count);
         free_strings(container->environment, container->environment_count);
     }
+    for (size_t i = 0; i < config->module_set_count; i++)
+        free(config->module_sets[i]);
     free(config->hostname);
     buffer_free(&config->resolv);
     buffer_free(&config->hosts);

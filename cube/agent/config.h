@@ -10,6 +10,7 @@
 #define CONFIG_HEADER 16u
 #define CONFIG_LIMIT (16u << 20) /* bytes of body */
 #define CONTAINER_LIMIT 32u
+#define MODULE_SET_LIMIT 16u
 #define STRING_LIMIT 65536u /* arguments, and variables, of one container */
 
 enum config_key {
@@ -18,6 +19,7 @@ enum config_key {
     CONFIG_RESOLV = 3,
     CONFIG_HOSTS = 4,
     CONFIG_CONTAINER = 5,
+    CONFIG_MODULES = 6,
 };
 
 enum container_key {
@@ -61,6 +63,8 @@ struct config {
     uint64_t clock_ns;   /* host's time when the disk was written; 0: unknown */
     struct buffer resolv; /* contents for /etc/resolv.conf; empty: leave the image's */
     struct buffer hosts;  /* the same for /etc/hosts */
+    char *module_sets[MODULE_SET_LIMIT]; /* loaded before the containers start */
+    size_t module_set_count;
     struct container containers[CONTAINER_LIMIT];
     size_t container_count;
 };

@@ -62,28 +62,40 @@ static bool path_has_entries(const char *path)
     return found;
 }
 
-/* /modules/load has a line "SET FILE" for each module, in loading order. Now come the sets "always"
- * and, where there is a PCI bus, "pci"; other sets wait until something needs them.
+/* The initial root's /modules, kept open: once the initial root is left, no path leads there. */
+static int modules_directory = -1;
+
+/* "load" in it has a line "SET FILE" for each module, in loading order. A set without a line is
+ * built into this kernel, or nothing here has it: then whoever asked for it finds out.
  */
-const char *guest_load_modules(void)
+const char *guest_load_modules(const char *wanted)
 {
-    FILE *list = fopen("/modules/load", "re");
+    if (modules_directory < 0)
+        modules_directory = open("/modules", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    int load = modules_directory < 0 ? -1 : openat(modules_directory, "load", O_RDONLY | O_CLOEXEC);
+    FILE *list = load < 0 ? NULL : fdopen(load, "r");
     if (list == NULL)
         return NULL; /* a kernel of the user's own with everything built in */
-    bool pci = path_has_entries("/sys/bus/pci/devices");
-    char set[16], name[128], path[160];
+    char set[16], name[128];
     const char *error = NULL;
     while (error == NULL && fscanf(list, "%15s %127s", set, name) == 2) {
-        if (strcmp(set, "always") != 0 && !(pci && strcmp(set, "pci") == 0))
+        if (strcmp(set, wanted) != 0)
             continue;
-        snprintf(path, sizeof path, "/modules/%s", name);
-        int file = open(path, O_RDONLY | O_CLOEXEC);
+        int file = openat(modules_directory, name, O_RDONLY | O_CLOEXEC);
         if (file < 0 || (syscall(SYS_finit_module, file, "", 0) < 0 && errno != EEXIST))
             error = problem("cannot load the kernel module %s: %s", name, strerror(errno));
         if (file >= 0)
             close(file);
     }
     fclose(list);
+    return error;
+}
+
+const char *guest_load_boot_modules(void)
+{
+    const char *error = guest_load_modules("always");
+    if (error == NULL && path_has_entries("/sys/bus/pci/devices"))
+        error = guest_load_modules("pci");
     return error;
 }
 

@@ -13,7 +13,10 @@ const char *problem(const char *format, ...) __attribute__((format(printf, 1, 2)
 void console_line(const char *text);
 
 void guest_mount_base(void);
-const char *guest_load_modules(void);
+/* Modules of one set, in order; callable after the initial root is left too. */
+const char *guest_load_modules(const char *wanted);
+/* The sets that disks and the channel need: "always" and, where there is a PCI bus, "pci". */
+const char *guest_load_boot_modules(void);
 /* Moves onto a tmpfs: the kernel's initial root cannot be pivoted away from by containers. */
 const char *guest_leave_initramfs(void);
 bool guest_cmdline_has(const char *word);

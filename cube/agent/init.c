@@ -221,7 +221,7 @@ int main(void)
         guest_power_off();
     }
     int children = watch_children();
-    const char *error = guest_load_modules();
+    const char *error = guest_load_boot_modules();
     uint64_t loaded = monotonic_ns();
     if (error == NULL)
         error = guest_leave_initramfs();
@@ -240,6 +240,11 @@ int main(void)
     if (error)
         fail(children, error);
     free(body);
+    for (size_t i = 0; i < config.module_set_count; i++) {
+        error = guest_load_modules(config.module_sets[i]);
+        if (error)
+            fail(children, error);
+    }
     if (config.clock_ns && !host_said_hello)
         guest_set_clock(config.clock_ns + monotonic_ns());
     if (config.hostname && sethostname(config.hostname, strlen(config.hostname)) < 0)

@@ -15,6 +15,7 @@ from cube.configdisk import HEADER, MAGIC, GuestConfig, encode_config
 from cube.container import ContainerSpec
 from cube.guest.agent import SOURCE
 from cube.records import field, number, text
+from imagecache.errors import UsageError
 
 GOOD = ContainerSpec(("sh", "-c", "x"), ("A=b", "C=d=e"), "app", "/", name="näme")
 
@@ -65,6 +66,15 @@ def test_what_the_host_writes_the_guest_reads(parsers, tmp_path):
     ]
 
 
+def test_module_sets(parsers, tmp_path):
+    config = GuestConfig((GOOD,), hostname="box", modules=("nbd", "ext4"))
+    [answer] = parse(parsers, tmp_path, encode_config(config))
+    assert answer.startswith("ok hostname=box containers=1 modules=nbd modules=ext4 [1 ")
+    for modules, words in ((("nbd", "none"), "none do not exist"), (("nbd",) * 17, "more than 16")):
+        with pytest.raises(UsageError, match=words):
+            encode_config(GuestConfig((GOOD,), modules=modules))
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -92,6 +102,8 @@ def test_what_the_host_writes_the_guest_reads(parsers, tmp_path):
         (disk(container(*NEEDED) + field(999, b"", critical=True)), "does not know"),
         (disk(container(*NEEDED) * 2), "one id"),
         (disk(b"".join(container(number(1, n), *NEEDED[1:]) for n in range(1, 35))), "too many"),
+        (disk(b"".join([text(6, "nbd", critical=True)] * 17)), "too many sets"),
+        (disk(field(6, b"n\0", critical=True) + container(*NEEDED)), "NUL"),
         (disk(container(*NEEDED, *[text(7, "a")] * 65536)), "too many"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

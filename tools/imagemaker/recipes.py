@@ -283,6 +283,13 @@ _ALL = (
         (Packages(), Packages(("git", "openssh-client"))),
         Settings(command=("git", "--version"), environment=(_PATH,)),
     ),
+    # A guest that attaches its kernel's own nbd devices (tests/nbdserver/test_nbdserver_kernel.py).
+    Recipe(
+        "nbd-guest",
+        1,
+        (Packages(), Packages(("python3", "nbd-client"))),
+        Settings(command=("python3", "--version"), environment=(_PATH, "LANG=C.UTF-8")),
+    ),
     Recipe(
         "torch-cpu",
         1,
