@@ -17,7 +17,7 @@ from imagecache.oci.source import ImageLayer, ImageSource
 class Download:
     """One layer's blob. `begun`: some of it can be read; `done`: all of it, and it is verified.
 
-    `began_anew` says that bytes which could be read before were replaced by others.
+    `restarts` counts how often bytes that could be read before were replaced by others.
     """
 
     def __init__(self, layer: ImageLayer, path: Path) -> None:
@@ -25,13 +25,13 @@ class Download:
         self.path = path
         self.begun = asyncio.Event()
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.began_anew = False
+        self.restarts = 0
         self._length = 0
 
     def grew(self, length: int) -> None:
         """The first `length` bytes of the partial file are there."""
         if length < self._length:
-            self.began_anew = True
+            self.restarts += 1
         self._length = length
         if length:
             self.begun.set()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine
 from contextlib import aclosing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from imagecache.blockimage.generations import State
 from imagecache.blockimage.keys import FORMAT_VERSION, ImageKey, SealedKind
@@ -32,7 +32,6 @@ from imagecache.repair.damage import quarantined_packs
 from imagecache.tasks import task_group
 
 log = logging.getLogger(__name__)
-_T = TypeVar("_T")
 
 UPLOADS = 4
 ATTEMPTS = 3
@@ -275,8 +274,33 @@ class _Job:
     ) -> _Placed:
         """Converts a blob while it arrives; what is stored of it counts once it is verified."""
         await download.begun.wait()
-        layer = download.layer
         directory = await asyncio.to_thread(self.spool.directory, f"layer-{number}")
+        restarts = download.restarts
+        with self._timed(Stage.FLATTEN):
+            try:
+                work = self._work_layer(download, directory, number, layers, known)
+                packs = await self._while_it_arrives(download, work)
+            except (Rejected, LimitExceeded):
+                await download.done
+                if download.restarts == restarts:
+                    raise
+            if download.restarts != restarts:
+                # What was read has been replaced. Packs of it may still be on their way, so the
+                # second attempt, from the verified blob, has a place of its own.
+                directory = await asyncio.to_thread(self.spool.directory, f"layer-{number}-anew")
+                packs = await self._work_layer(download, directory, number, layers, known)
+        self.stores.create_task(self._store_layer(download, directory, packs))
+        return _Placed(directory / "index", directory / "locations")
+
+    async def _work_layer(
+        self,
+        download: Download,
+        directory: Path,
+        number: int,
+        layers: int,
+        known: dict[str, list[tuple[str, str]]],
+    ) -> list[asyncio.Task[None]]:
+        layer = download.layer
         job = {
             "kind": "layer",
             "blob": str(download.path),
@@ -285,37 +309,33 @@ class _Job:
             "directory": str(directory),
             **known,
         }
+        return await self._work(
+            job,
+            lambda done: self.report(
+                Progress(Stage.FLATTEN, number, layers, done, layer.descriptor.size)
+            ),
+        )
 
-        def progress(done: int) -> None:
-            self.report(Progress(Stage.FLATTEN, number, layers, done, layer.descriptor.size))
-
-        with self._timed(Stage.FLATTEN):
-            try:
-                packs = await self._while_it_arrives(download, self._work(job, progress))
-            except (Rejected, LimitExceeded):
-                await download.done
-                if not download.began_anew:
-                    raise
-                # What the worker read was replaced by the download's second attempt.
-                packs = await self._work(job, progress)
-        self.stores.create_task(self._store_layer(download, directory, packs))
-        return _Placed(directory / "index", directory / "locations")
-
-    async def _while_it_arrives(self, download: Download, work: Coroutine[Any, Any, _T]) -> _T:
+    async def _while_it_arrives(
+        self, download: Download, work: Coroutine[Any, Any, list[asyncio.Task[None]]]
+    ) -> list[asyncio.Task[None]]:
         """The work's result, once the download is verified too; its error ends the work."""
+        restarts = download.restarts
         task = asyncio.create_task(work)
         try:
             both: set[asyncio.Future[Any]] = {task, download.done}
             await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
             if not task.done():
                 await download.done
-            result = await task
+                if download.restarts != restarts:
+                    return []  # in vain: it may even wait for bytes that never come
+            packs = await task
             await download.done
-            return result
+            return packs
         finally:
             if not task.done():
                 task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
+            await asyncio.gather(task, return_exceptions=True)
 
     async def _store_layer(
         self, download: Download, directory: Path, packs: list[asyncio.Task[None]]

@@ -26,6 +26,11 @@ class Worker:
         self._process: asyncio.subprocess.Process | None = None
         self._noise: asyncio.Task[str] | None = None
 
+    @property
+    def pid(self) -> int:
+        """The process's id, 0 where none runs."""
+        return self._process.pid if self._process is not None else 0
+
     async def start(self) -> None:
         """Starts the process ahead of its first job, so that its imports cost no time then."""
         if self._process is not None:
