@@ -10,6 +10,7 @@ import shutil
 import signal
 import ssl
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from imagecache.daemon.access import Tokens
 from imagecache.daemon.api import GATE, application
 from imagecache.daemon.gate import Gate
 from imagecache.daemon.logs import set_up_logs
+from imagecache.daemon.notify import notify
 from imagecache.daemon.service import Service
 from imagecache.errors import CubecacheError, Unavailable, UsageError
 from imagecache.settings import ApiSection, Settings, reloaded
@@ -65,7 +67,9 @@ async def serve(
         if until_stdin_closes:
             loop.add_reader(sys.stdin.fileno(), _at_end_of_stdin, stop)
         announce(service)
+        notify(f"READY=1\nSTATUS={len(service.exports())} exports")
         await stop.wait()
+        notify("STOPPING=1")
         logger.info("stopping")
     finally:
         if watch is not None:
@@ -83,17 +87,20 @@ def read_tokens(settings: Settings) -> Tokens:
 
 
 def _reload(service: Service, gate: Gate, reread: Callable[[], Settings]) -> None:
+    notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
     try:
         fresh = reread()
         gate.tokens = read_tokens(fresh)
     except CubecacheError as error:
         logger.error("the configuration stays as it was: %s", error)
+        notify("READY=1")
         return
     service.settings, taken, left = reloaded(service.settings, fresh)
     set_up_logs(service.settings.log)
     logger.info("configuration read again; taken: %s", ", ".join(taken) or "nothing")
     if left:
         logger.warning("needs a restart: %s", ", ".join(left))
+    notify("READY=1")
 
 
 async def _listen(runner: web.AppRunner, settings: Settings) -> None:
