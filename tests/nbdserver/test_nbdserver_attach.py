@@ -1,6 +1,7 @@
 """Kernel attach: the messages, the client's handshake, and what this host's kernel can answer."""
 
 import asyncio
+import os
 import socket
 import struct
 
@@ -182,7 +183,7 @@ class FakeKernel:
         self.reader, self.fds, self.calls = reader, [], []
 
     def connect(self, *, fds, **arguments):
-        self.fds = [socket.socket(fileno=attach.os.dup(fd)) for fd in fds]
+        self.fds = [socket.socket(fileno=os.dup(fd)) for fd in fds]
         self.calls.append(arguments)
         return 5
 
@@ -191,7 +192,7 @@ class FakeKernel:
 
     def reconfigure(self, index, fds, identifier):
         self.calls.append((index, identifier))
-        self.fds += [socket.socket(fileno=attach.os.dup(fd)) for fd in fds]
+        self.fds += [socket.socket(fileno=os.dup(fd)) for fd in fds]
 
     def close(self):
         for sock in self.fds:
