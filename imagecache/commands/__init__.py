@@ -1,6 +1,7 @@
 """imagecache's commands: serving, names, checks. Each reads settings and prints, no more."""
 
 from imagecache.commands.collecting import gc, pin
+from imagecache.commands.completing import completion
 from imagecache.commands.configuring import config
 from imagecache.commands.doctor import doctor
 from imagecache.commands.images import images, remove
@@ -25,4 +26,5 @@ COMMANDS = (
     scrub,
     repair,
     stats,
+    completion,
 )
