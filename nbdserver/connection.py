@@ -98,6 +98,7 @@ class Connection:
         )
         # A stream that encrypts would touch mapped pages: its reads all take the copying path.
         self._try_read = _not_now if stream.copies else device.try_read
+        self._try_write = device.try_write
         self._tail = rest
         self._partial: _Partial | None = None
         self._skip = skip
@@ -350,6 +351,7 @@ class Connection:
                     view, position, end, self._try_read, sender.iov, sender.ranges, room
                 )
                 sender.size += added
+                position = self._take_writes(view, position, end)
             if end - position < head:
                 break
             if len(sender.iov) > 512 or sender.size >= room:
@@ -365,6 +367,26 @@ class Connection:
         if position < end:
             self._tail = bytes(view[position:end])
         sender.flush()
+
+    def _take_writes(self, view: memoryview, position: int, end: int) -> int:
+        """Plain writes that are here whole and that the device takes at once; the next position."""
+        plain, try_write, head = self._layout.plain_write, self._try_write, self._layout.header_size
+        mode = self.session.mode
+        acks: list[bytes] = []
+        while (found := plain(view, position, end)) is not None:
+            cookie, offset, length = found
+            body = position + head
+            try:
+                if not try_write(offset, view[body : body + length]):
+                    break
+            except DeviceError:
+                break  # It is asked again where errors are answered.
+            position = body + length
+            acks.append(encode_done(mode, cookie, offset))
+        if acks:
+            self._counters.writes += len(acks)
+            self._sender.gather(acks)
+        return position
 
     def _take(self, view: memoryview, position: int, end: int) -> int:
         """Start the request at `position`, which is no hit; the next position, or -1: no more."""

@@ -79,6 +79,11 @@ class Sender:
             self._flush_soon = True
             self._loop.call_soon(self._flush_answers)
 
+    def gather(self, replies: Sequence[bytes]) -> None:
+        """Replies without data that leave with the next `flush`, which the caller owes."""
+        if not self._closed:
+            self._plain += replies
+
     def _flush_answers(self) -> None:
         self._flush_soon = False
         if not self._closed:

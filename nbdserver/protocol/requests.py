@@ -61,13 +61,27 @@ class Request:
 class RequestLayout:
     """How requests are framed and read hits are answered in one session. Holds no state."""
 
-    __slots__ = ("_maximum", "_mode", "_read_key", "_size", "_struct", "_unaligned", "header_size")
+    __slots__ = (
+        "_maximum",
+        "_mode",
+        "_read_key",
+        "_size",
+        "_struct",
+        "_unaligned",
+        "_write_key",
+        "header_size",
+    )
 
     def __init__(self, session: Session) -> None:
         extended = session.mode is ReplyMode.EXTENDED
         self._struct = _EXTENDED if extended else _COMPACT
         self._mode = int(session.mode)
         self._read_key = (EXTENDED_REQUEST_MAGIC if extended else REQUEST_MAGIC) << 32
+        self._write_key = self._read_key | int(Command.WRITE)
+        if extended:
+            self._write_key |= int(CommandFlag.PAYLOAD_LEN) << 16
+        if session.flags & ExportFlag.READ_ONLY:
+            self._write_key = -1
         self._size = session.size
         self._maximum = session.maximum
         self._unaligned = session.minimum - 1
@@ -125,6 +139,24 @@ class RequestLayout:
             if total >= room or len(iov) > 512:
                 break
         return start, total
+
+    def plain_write(
+        self, requests: memoryview, position: int, end: int
+    ) -> tuple[bytes, int, int] | None:
+        """(cookie, offset, length) of a write without flags, valid and here with its payload."""
+        room = end - position - self.header_size
+        if room < 0:
+            return None
+        key, cookie, offset, length = self._struct.unpack_from(requests, position)
+        if (
+            key != self._write_key
+            or not 0 < length <= room
+            or length > self._maximum
+            or offset + length > self._size
+            or (offset | length) & self._unaligned
+        ):
+            return None
+        return cookie, offset, length
 
     def parse(self, requests: memoryview, position: int) -> Request:
         """The request at `position` (a whole header is there).
