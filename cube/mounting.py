@@ -35,6 +35,7 @@ from imagecache.session import (
 from preload.client import Client, ExportHandle, answers, connect, start_daemon
 
 START_SECONDS = 30.0
+STOP_SECONDS = 15.0
 COMMAND_SECONDS = 120.0
 _OPTIONS = {"erofs": "ro,nosuid,nodev", "ext4": "ro,nosuid,nodev,noload"}
 
@@ -193,6 +194,18 @@ def _stop(pid: int) -> None:
         os.kill(pid, signal.SIGTERM)
 
 
+async def _end_daemon(pid: int) -> None:
+    """Tells a daemon to end and waits: whoever mounts next finds the state directory free."""
+    _stop(pid)
+    deadline = time.monotonic() + STOP_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return
+        await asyncio.sleep(0.05)
+
+
 async def _unexport(client: Client, name: str) -> None:
     with contextlib.suppress(CubecacheError):
         await client.unexport(name, force=True)
@@ -211,7 +224,7 @@ async def umount_image(settings: Settings, directory: Path) -> dict[str, Any]:
             await _unexport(client, record.export)
             others = await client.exports()
         if record.own_daemon is not None and not others:
-            _stop(record.own_daemon)
+            await _end_daemon(record.own_daemon)
     await asyncio.to_thread(mounts.forget, directory)
     return asdict(record)
 

@@ -17,13 +17,14 @@ from typing import Any
 import aiohttp
 
 from imagecache.composition import ImageRequest
-from imagecache.errors import CubecacheError, NotFound, Unavailable, from_record
+from imagecache.errors import Busy, CubecacheError, NotFound, Unavailable, exit_code, from_record
 from imagecache.settings import Settings
 
 ANSWER_LIMIT = 16 << 20
 CALL_SECONDS = 120.0
 WATCH_SECONDS = 20.0
 START_SECONDS = 30.0
+BUSY_STATUS = exit_code(Busy(""))
 
 OnProgress = Callable[[dict[str, Any]], None]
 
@@ -302,7 +303,11 @@ async def start_daemon(settings: Settings, *, detached: bool = False) -> subproc
     try:
         async with asyncio.timeout(START_SECONDS):
             while not await answers(settings):
-                if process.poll() is not None:
+                if process.poll() == BUSY_STATUS:
+                    # A daemon that was told to end still drains and holds the arena's lock.
+                    await asyncio.sleep(0.2)
+                    process = await asyncio.to_thread(spawn)
+                elif process.poll() is not None:
                     raise Unavailable(
                         f"a daemon could not start (exit status {process.returncode})",
                         remedy=f"see {settings.state_dir / 'daemon.log'}",

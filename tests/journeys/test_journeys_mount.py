@@ -100,3 +100,14 @@ def test_a_mount_leaves_nothing_behind(cubecache: Cubecache, busybox: str, tmp_p
         time.sleep(0.1)
     assert not left
     assert str(tmp_path) not in Path("/proc/mounts").read_text()
+
+
+def test_a_state_directory_is_free_again_when_umount_returns(
+    cubecache: Cubecache, busybox: str, tmp_path: Path
+) -> None:
+    """The daemon that a mount brought has ended by then; the next mount brings its own."""
+    for number in range(3):
+        with mounted(cubecache, busybox, tmp_path / f"mounted-{number}") as ours:
+            assert (ours / "hello.sh").exists()
+        left = tool("pgrep", "--list-full", "--full", f"{cubecache.state}.* serve", expect=None).out
+        assert not left
