@@ -13,7 +13,11 @@ PACKAGES = ("nbdserver", "imagecache", "preload", "cube")
 # Who may import which of our packages: (importer's prefix, what it may import). First match counts.
 ARROWS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("nbdserver", ("nbdserver",)),
-    ("imagecache.daemon", ("imagecache", "nbdserver", "preload.jobs")),
+    # preload's jobs: the queue, the table that it survives in, and what a dry run plans
+    (
+        "imagecache.daemon",
+        ("imagecache", "nbdserver", "preload.jobs", "preload.jobtable", "preload.planning"),
+    ),
     ("imagecache.cache.device", ("imagecache", "nbdserver")),
     ("imagecache", ("imagecache",)),
     ("preload", ("preload", "imagecache")),
