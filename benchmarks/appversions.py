@@ -27,7 +27,8 @@ class Version:
 
 
 class Application:
-    """The first version; one with every file of a package changed; one with ten files changed.
+    """The first version; one with every Python file of a package changed; one with ten such files
+    changed, here and there; one with every shared object changed.
 
     A change is a line put into the middle of a file.
     """
@@ -45,6 +46,8 @@ class Application:
         sources = sorted(name for name in files if name.endswith(".py") and files[name])
         self.first = self._layer("first", {})
         self.package = self._version("package", [n for n in sources if n.startswith(PACKAGE)])
+        objects = sorted(name for name in files if name.endswith(".so"))
+        self.compiled = self._version("compiled", objects)
         self.scattered = self._version("scattered", random.Random(11).sample(sources, SCATTERED))
 
     def _version(self, name: str, paths: list[str]) -> Version:

@@ -108,6 +108,7 @@ class Row:
     order: float
     package: float  # stored again, as a multiple of the changed files compressed alone
     scattered: float
+    compiled: float
     startup_gets: int
     startup_fetched: float  # stored bytes fetched, as a multiple of the bytes that it read
     others: int  # stored bytes of the other images
@@ -171,9 +172,13 @@ class Sweep:
             one_order = cut(self.one_order)
             other_order = cut(self.other_order, one_order)
             application = cut([self.application.first])
-            package, scattered = (
+            package, scattered, compiled = (
                 cut([version.layer], application).stored_bytes / version.changed_bytes
-                for version in (self.application.package, self.application.scattered)
+                for version in (
+                    self.application.package,
+                    self.application.scattered,
+                    self.application.compiled,
+                )
             )
             gets, fetched = startup(first, self.reads)
             return Row(
@@ -186,6 +191,7 @@ class Sweep:
                 order=other_order.stored_bytes / one_order.stored_bytes,
                 package=package,
                 scattered=scattered,
+                compiled=compiled,
                 startup_gets=gets,
                 startup_fetched=fetched / sum(length for _, _, length in self.reads),
                 others=sum(cut(layers).stored_bytes for layers in self.others),
@@ -193,8 +199,8 @@ class Sweep:
 
 
 HEAD = """| rule | chunks | stored MB | rebuilt | its chunks | other order | app: package \
-| app: scattered | start-up GETs | fetched/read | index KB | others MB |
-|---|---|---|---|---|---|---|---|---|---|---|---|"""
+| app: scattered | app: compiled | start-up GETs | fetched/read | index KB | others MB |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|"""
 
 
 def table_row(row: Row) -> str:
@@ -208,6 +214,7 @@ def table_row(row: Row) -> str:
         f"{row.order:.2%}",
         f"{row.package:.2f}",
         f"{row.scattered:.2f}",
+        f"{row.compiled:.2f}",
         f"{row.startup_gets}",
         f"{row.startup_fetched:.2f}",
         f"{row.index / 1e3:.0f}",
