@@ -176,7 +176,33 @@ async def test_cold_read_after_the_deadline_is_an_error_and_the_next_one_tries_a
         store.rename(tmp_path / "away")
         with pytest.raises(nbd.Error, match="Input/output error"):
             await read(export.uri, span.offset, span.size)
-        (tmp_path / "away").rename(store)
+        # Not renamed: a lease may have been written meanwhile, which makes the directory.
+        shutil.copytree(tmp_path / "away", store, dirs_exist_ok=True)
         assert await read(export.uri, span.offset, span.size) == b"s" * 5000
     finally:
         await service.close()
+
+
+async def test_the_api_answers_while_store_is_gone_and_a_build_hangs(
+    daemon: Settings, built: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """I16: no answer about this host waits for the store, a registry or a build."""
+    from imagecache.daemon import service as module
+    from preload.client import connect
+
+    never = asyncio.Event()
+
+    async def hang(*_: object) -> None:
+        await never.wait()
+
+    monkeypatch.setattr(module, "build_image", hang)
+    async with connect(daemon, start=False) as client:
+        handle = await client.export(built)
+        shutil.rmtree(daemon.store_url.removeprefix("file://"))
+        (job,) = await client.submit([ImageRequest.parse("oci:/x:y", None, "erofs")])
+        for path in ("/healthz", "/readyz", "/metrics", "/v1/status", "/v1/exports"):
+            assert await client.call("GET", path)
+        assert await client.call("GET", f"/v1/exports/{handle.name}")
+        running = await client.call("GET", f"/v1/preloads/{job['id']}", wait=5, since=0)
+        assert running["state"] == "running"
+        assert (await client.cancel(job["id"]))["state"] == "cancelled"

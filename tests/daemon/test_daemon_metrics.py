@@ -1,0 +1,60 @@
+"""What Prometheus and the dashboard see."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from imagecache.composition import ImageRequest
+from imagecache.daemon import metrics
+from imagecache.daemon.exports import LiveExport
+from imagecache.daemon.metrics import OTHERS, exposition
+from imagecache.daemon.service import ExportRequest, Service
+
+DASHBOARD = Path(__file__).parents[2] / "packaging/grafana/cubecache.json"
+
+
+async def exported(service: Service, built: str) -> LiveExport:
+    return await service.export(ExportRequest(ImageRequest.parse(built, None, "erofs")))
+
+
+async def test_every_metric_has_help_and_the_dashboard_asks_for_what_is_there(
+    service: Service, built: str
+) -> None:
+    await exported(service, built)
+    families = list(text_string_to_metric_families(exposition(service)))
+    assert all(len(family.documentation) > 10 for family in families)
+    samples = {sample.name for family in families for sample in family.samples}
+    labels = {
+        label for family in families for sample in family.samples for label in sample.labels
+    } | {"instance"}
+    dashboard = json.loads(DASHBOARD.read_text())
+    targets = [target for panel in dashboard["panels"] for target in panel["targets"]]
+    asked = {name for t in targets for name in re.findall(r"cubecache_\w+", t["expr"])}
+    assert len(targets) > 15
+    assert asked <= samples, asked - samples
+    used = {label for t in targets for label in re.findall(r"\{\{(\w+)\}\}", t["legendFormat"])}
+    assert used <= labels
+
+
+async def test_labels_are_escaped_and_bounded(
+    service: Service, built: str, monkeypatch: object
+) -> None:
+    """I15: a hostile name is one label of one series; past the bound exports are summed."""
+    first = await exported(service, built)
+    hostile = 'a"} 1\ncubecache_evil{x="'
+    for number in range(metrics.EXPORT_SERIES + 20):
+        name = hostile if number == 0 else f"e{number}"
+        copy = dataclasses.replace(first, record=dataclasses.replace(first.record, name=name))
+        service._live[name] = copy
+    families = {
+        family.name: family for family in text_string_to_metric_families(exposition(service))
+    }
+    assert "cubecache_evil" not in families
+    names = {s.labels["export"] for s in families["cubecache_export_misses"].samples}
+    assert len(names) == metrics.EXPORT_SERIES + 1
+    assert {OTHERS, hostile} <= names
+    for name in [name for name in service._live if name != first.record.name]:
+        del service._live[name]
