@@ -6,54 +6,24 @@ bytes of a device are never touched here.
 """
 
 import asyncio
-import errno
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from os import sched_yield
-from time import perf_counter
+from collections.abc import Callable
 
-from nbdserver.commands import run_command
+from nbdserver.arriving import Arriving
 from nbdserver.counters import Counters
-from nbdserver.device import Buffer, Device, DeviceError
+from nbdserver.device import Device, DeviceError
+from nbdserver.inflight import InFlight, Turn
 from nbdserver.limits import Limits
-from nbdserver.payloads import PayloadPool
+from nbdserver.patience import Patience
 from nbdserver.protocol.constants import Command, CommandFlag, ReplyMode
-from nbdserver.protocol.errors import EINVAL, EIO, ESHUTDOWN, ProtocolViolation, wire_error
-from nbdserver.protocol.replies import encode_done, encode_error
+from nbdserver.protocol.errors import EINVAL, ESHUTDOWN, ProtocolViolation, wire_error
+from nbdserver.protocol.replies import encode_done
 from nbdserver.protocol.requests import Request, RequestLayout, check_request
 from nbdserver.protocol.session import Session
 from nbdserver.sender import Sender
 from nbdserver.streams import Stream
 
 _log = logging.getLogger(__name__)
-
-_BY_READING = frozenset((Command.READ, Command.BLOCK_STATUS, Command.CACHE))
-_MOST_PATIENCE = 8
-_LEAST_PATIENCE = 64
-
-
-@dataclass(slots=True)
-class Turn:
-    """Shared by the connections of a loop: who was served last, how many misses are waited for,
-    and memory for large payloads.
-
-    A connection lingers on its socket only when nobody else could be kept waiting.
-    """
-
-    last: "Connection | None" = None
-    waiting: int = 0
-    payloads: PayloadPool = field(default_factory=PayloadPool)
-
-
-@dataclass(slots=True)
-class _Partial:
-    """A request whose payload is still arriving, straight into place."""
-
-    header: bytes
-    request: Request
-    view: memoryview
-    filled: int
 
 
 class Connection:
@@ -100,12 +70,21 @@ class Connection:
         self._try_read = _not_now if stream.copies else device.try_read
         self._try_write = device.try_write
         self._tail = rest
-        self._partial: _Partial | None = None
+        self._partial: Arriving | None = None
         self._skip = skip
-        self._tasks: dict[asyncio.Task[None], Request] = {}
-        self._inflight_bytes = 0
+        self._inflight = InFlight(
+            copies=stream.copies,
+            session=session,
+            device=device,
+            limits=limits,
+            counters=counters,
+            sender=self._sender,
+            turn=turn,
+            on_answered=self._room_again,
+            on_broken=self.abort,
+        )
         self._reading = False
-        self._patience = _MOST_PATIENCE
+        self._patience = Patience(limits.linger_seconds)
         self._finishing = False
         self._closed = False
         self._ended = False
@@ -137,9 +116,7 @@ class Connection:
         self._closed = True
         self._stop_reading()
         self._sender.close()
-        for task, request in self._tasks.items():
-            if request.command in _BY_READING:
-                task.cancel()
+        self._inflight.cancel_reads()
         self._partial = None
         self.stream.close()
         self._maybe_done()
@@ -166,8 +143,7 @@ class Connection:
     def unparsed(self) -> bytes:
         """While held: bytes received and not answered, from a request's first byte on."""
         if self._partial is not None:
-            partial = self._partial
-            return partial.header + bytes(partial.view[: partial.filled])
+            return self._partial.received()
         return self._tail
 
     @property
@@ -183,11 +159,11 @@ class Connection:
 
     @property
     def _idle(self) -> bool:
-        return not self._tasks and self._sender.idle
+        return not self._inflight and self._sender.idle
 
     def _maybe_done(self) -> None:
         if self._closed:
-            if not self._tasks and not self._ended:
+            if not self._inflight and not self._ended:
                 self._ended = True
                 if self._turn.last is self:
                     self._turn.last = None
@@ -212,7 +188,8 @@ class Connection:
         while tail:
             # A tail from a handshake or a hand-over may be larger than the scratch buffer.
             if self._partial is not None:
-                tail = self._fill_partial(self._partial, tail)
+                tail = self._partial.fill(tail)
+                self._complete_partial(self._partial)
             else:
                 piece, tail = tail[: len(self._scratch)], tail[len(self._scratch) :]
                 self._scratch[: len(piece)] = piece
@@ -236,8 +213,7 @@ class Connection:
             or self._finishing
             or self._held
             or self._sender.behind
-            or len(self._tasks) >= self._limits.inflight_requests
-            or self._inflight_bytes >= self._limits.inflight_bytes
+            or self._inflight.full
         )
 
     def _stop_reading(self) -> None:
@@ -259,7 +235,7 @@ class Connection:
             except (BlockingIOError, InterruptedError):
                 if not alone or turn.waiting:
                     return
-                count = self._linger()
+                count = self._patience.receive(self._receive)
                 if count < 0:
                     return
             except OSError:
@@ -289,48 +265,8 @@ class Connection:
             return self.stream.recv_into(self._scratch[held:])
         return self.stream.recv_into(self._scratch)
 
-    def _linger(self) -> int:
-        """Ask the socket again for some microseconds: a quick client is faster than a wake-up.
-
-        Answers the bytes received, or -1: nothing came, or the socket broke.
-        """
-        if self._patience <= 0:
-            # It did not pay lately; now and then it is tried again.
-            self._patience -= 1
-            if self._patience > -_LEAST_PATIENCE:
-                return -1
-            self._patience = 1
-        until = perf_counter() + self._limits.linger_seconds
-        while perf_counter() < until:
-            try:
-                count = self._receive()
-            except (BlockingIOError, InterruptedError):
-                # On a busy host the client may be waiting for this very processor.
-                sched_yield()
-                continue
-            except OSError:
-                break
-            self._patience = min(max(self._patience, 0) + 2, _MOST_PATIENCE)
-            return count
-        self._patience -= 1
-        return -1
-
-    def _begin_partial(self, request: Request, received: memoryview, header: int) -> None:
-        view = self._turn.payloads.take(request.payload)
-        filled = len(received) - header
-        view[:filled] = received[header:]
-        self._partial = _Partial(bytes(received[:header]), request, view, filled)
-
-    def _fill_partial(self, partial: _Partial, data: bytes) -> bytes:
-        """Add to the payload that is arriving; what is left belongs to the next request."""
-        used = min(len(partial.view) - partial.filled, len(data))
-        partial.view[partial.filled : partial.filled + used] = data[:used]
-        partial.filled += used
-        self._complete_partial(partial)
-        return data[used:]
-
-    def _complete_partial(self, partial: _Partial) -> None:
-        if partial.filled == len(partial.view):
+    def _complete_partial(self, partial: Arriving) -> None:
+        if partial.whole:
             self._partial = None
             self._deliver(partial.request, partial.view, private=True)
             self._sender.flush()
@@ -404,23 +340,25 @@ class Connection:
         if request.payload:
             if request.payload > self._payload_limit(request):
                 self._counters.violations += 1
-                self._fail(request, error or EINVAL)
+                self._inflight.fail(request, error or EINVAL)
                 self.finish()
                 return -1
             available = min(request.payload, end - position)
             if error:
-                self._fail(request, error)
+                self._inflight.fail(request, error)
                 self._skip = request.payload - available
             elif available == request.payload:
                 self._deliver(request, view[position : position + available], private=False)
             else:
-                self._begin_partial(request, view[header:end], position - header)
+                self._partial = Arriving.begin(
+                    self._turn.payloads, request, view[header:end], position - header
+                )
                 return end
             return position + available
         if error:
-            self._fail(request, error)
+            self._inflight.fail(request, error)
         else:
-            self._spawn(request, b"")
+            self._inflight.start(request, b"")
         return position
 
     def _payload_limit(self, request: Request) -> int:
@@ -442,7 +380,7 @@ class Connection:
             try:
                 written = self.device.try_write(request.offset, payload)
             except DeviceError as failure:
-                self._fail(request, wire_error(failure.errno), str(failure))
+                self._inflight.fail(request, wire_error(failure.errno), str(failure))
                 return
             if written:
                 if private:
@@ -451,73 +389,7 @@ class Connection:
                 reply = encode_done(self.session.mode, request.cookie, request.offset)
                 self._sender.answer(reply)
                 return
-        self._spawn(request, payload if private else bytes(payload))
-
-    # --- requests that take time ---
-
-    def _spawn(self, request: Request, payload: Buffer) -> None:
-        if request.command in (Command.READ, Command.WRITE):
-            self._inflight_bytes += request.length
-        self._turn.waiting += 1
-        task = self._loop.create_task(self._serve(request, payload))
-        self._tasks[task] = request
-        task.add_done_callback(self._served)
-
-    def _served(self, task: asyncio.Task[None]) -> None:
-        request = self._tasks.pop(task)
-        self._turn.waiting -= 1
-        if request.command in (Command.READ, Command.WRITE):
-            self._inflight_bytes -= request.length
-        if not task.cancelled() and task.exception() is not None:
-            _log.error(
-                "a request of %r failed oddly", self.session.export, exc_info=task.exception()
-            )
-            self.abort()
-        self._room_again()
-
-    async def _serve(self, request: Request, payload: Buffer) -> None:
-        try:
-            async with asyncio.timeout(self._limits.request_seconds):
-                if request.command == Command.READ:
-                    self._sender.send_read(request, await self._read(request))
-                    return
-                if request.command == Command.WRITE:
-                    self._counters.writes += 1
-                else:
-                    self._counters.other_requests += 1
-                reply = await run_command(
-                    self.device, self.session, request, payload, max_extents=self._limits.extents
-                )
-        except DeviceError as failure:
-            # Its errno becomes the protocol's here, at the last hop.
-            fast = request.command == Command.WRITE_ZEROES and bool(
-                request.flags & CommandFlag.FAST_ZERO
-            )
-            self._fail(request, wire_error(failure.errno, fast_zero=fast), str(failure))
-        except TimeoutError:
-            self._fail(request, EIO, "the device did not answer in time")
-        except Exception:
-            # A device's bug is that request's error; the connection and its neighbours live on.
-            _log.exception("the device of export %r failed", self.session.export)
-            self._fail(request, EIO, "internal error")
-        else:
-            if isinstance(payload, memoryview):
-                # Only now: after a timeout a thread may still be reading it.
-                self._turn.payloads.give_back(payload)
-            self._sender.answer(reply)
-
-    async def _read(self, request: Request) -> Sequence[Buffer]:
-        buffers = await self.device.read(request.offset, request.length)
-        if self.stream.copies:
-            buffers = (await self.device.read_copied(request.offset, request.length),)
-        if sum(map(len, buffers)) != request.length:
-            raise DeviceError(errno.EIO, "a read came back short")
-        return buffers
-
-    def _fail(self, request: Request, error: int, message: str = "") -> None:
-        self._counters.errors += 1
-        mode = self.session.mode
-        self._sender.answer(encode_error(mode, request.cookie, request.offset, error, message))
+        self._inflight.start(request, payload if private else bytes(payload))
 
 
 def _not_now(offset: int, length: int) -> None:  # noqa: ARG001

@@ -12,10 +12,11 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-from nbdserver.connection import Connection, Turn
+from nbdserver.connection import Connection
 from nbdserver.counters import Counters
 from nbdserver.device import Device
 from nbdserver.exports import Exports
+from nbdserver.inflight import Turn
 from nbdserver.limits import Limits
 from nbdserver.negotiation import ClientGone, Negotiated, Negotiation, TlsPolicy
 from nbdserver.protocol.errors import ProtocolViolation
