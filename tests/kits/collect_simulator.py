@@ -43,6 +43,7 @@ class Simulator:
 
     seed: int
     calm: bool = False
+    past: World | None = None  # a world that has lived already
     tally: Tally = field(default_factory=Tally)
 
     def __post_init__(self) -> None:
@@ -51,11 +52,14 @@ class Simulator:
         faults = 0.0 if self.calm else self.dice.choice((0.0, 0.002))
         self.world = World(self.dice, atomic=atomic, faults=faults)
         self.world.manifests = INDEX_NAMES
+        if self.past is not None:
+            self.world.take_over(self.past)
         self.freezing = 0.0 if self.calm else self.dice.choice((0.0005, 0.003, 0.01))
         # At borders the rare meetings happen that luck alone would need millions of steps for.
         self.hunting = 0.0 if self.calm else self.dice.choice((0.0, 0.03, 0.1))
         self.killing = 0.0 if self.calm else self.dice.choice((0.0, 0.0005, 0.003))
-        self.pace = self.dice.choice((0.5, 3.0, 10.0))
+        paces = (0.5, 3.0, 10.0) if self.past is None else (3.0, 10.0, 40.0)
+        self.pace = self.dice.choice(paces)
         self.born = 0
         self.processes = [self._start(role) for role in ROLES]
 
@@ -64,7 +68,7 @@ class Simulator:
         actor = Actor(f"{role}{self.born}", role, self.world)
         life = Life(self.world, actor, self.dice)
         forever: Callable[[], Coroutine[Any, Any, None]] = getattr(life, role)
-        wakes = self.world.now + self.dice.uniform(0, 2000)
+        wakes = self.world.now + self.dice.uniform(0, 2000 if self.past is None else 50)
         return Process(role, actor, forever(), wakes)
 
     def run(self, steps: int) -> Tally:
