@@ -417,10 +417,11 @@ class _Job:
     async def _references(self) -> list[_Placed]:
         """Earlier images of the same repository, whose chunks need not be stored again."""
         found: list[_Placed] = []
-        images = {
-            record.image: None for record in await self.catalog.aliases(self.alias.repository)
-        }
-        for image in images:
+        try:
+            names = await self.catalog.aliases(self.alias.repository)
+        except Corrupt:
+            return []  # a damaged name: this very build may be what mends it
+        for image in dict.fromkeys(name.image for name in names):
             key = ImageKey(image, self.key.face, self.key.options)
             directory = await asyncio.to_thread(self.spool.directory, f"reference-{len(found)}")
             try:

@@ -72,9 +72,10 @@ def scrub(session: Session, *, share: float, rate: str | None, packs: int, from_
 )
 @click.argument("image", required=False)
 @click.option("--read-all", is_flag=True, help="Read every chunk first; slow, and misses nothing.")
+@click.option("--drop", is_flag=True, help="Give up records that cannot be read or derived again.")
 @json_option
 @click.pass_obj
-def repair(session: Session, *, image: str | None, read_all: bool) -> None:
+def repair(session: Session, *, image: str | None, read_all: bool, drop: bool) -> None:
     """Build damaged images again from their registry; the same digests, or nothing.
 
     Damage is what the last scrubs marked, and what is missing, too short or unreadable.
@@ -108,7 +109,7 @@ def repair(session: Session, *, image: str | None, read_all: bool) -> None:
                 return result.block_image
 
             return await Repairer(
-                catalog, opened.reader, rebuild, faces=_FACES, read_all=read_all
+                catalog, opened.reader, rebuild, faces=_FACES, read_all=read_all, drop=drop
             ).run(only)
 
     report = asyncio.run(mend())

@@ -75,10 +75,12 @@ class Repairer:
         *,
         faces: Iterable[tuple[Face, str]],
         read_all: bool = False,
+        drop: bool = False,
     ) -> None:
         """`faces`: (face, options) that an image without a readable root may have been built in.
 
         `read_all` reads every chunk to find damage; else what is marked, missing or short counts.
+        `drop` deletes unreadable roots and names that nobody can derive again.
         """
         self._catalog = catalog
         self._store = catalog.store
@@ -86,6 +88,7 @@ class Repairer:
         self._rebuild = rebuild
         self._faces = tuple(faces)
         self._read_all = read_all
+        self._drop = drop
         self._report = RepairReport()
         self._marked: set[bytes] = set()
         self._sound: set[str] = set()
@@ -118,7 +121,11 @@ class Repairer:
             except NotFound:
                 continue
             except BROKEN as error:
-                self._report.failed[key] = f"{error}: preload that name again"
+                if self._drop:
+                    await self._store.delete(key)
+                    self._report.dropped.append(key)
+                    continue
+                self._report.failed[key] = f"{error}: preload that name again, or --drop it"
         for key in [stat.key async for stat in self._store.list(self._catalog.keys.pins)]:
             try:
                 pin = PinRecord.decode(await self._store.get(key, limit=MAX_RECORD))
@@ -137,7 +144,8 @@ class Repairer:
             prefix = self._catalog.keys.roots(generation)
             for key in [stat.key async for stat in self._store.list(prefix)]:
                 name = key.removeprefix(prefix)
-                if name in seen:
+                if name in seen:  # a newer generation has it
+                    await self._drop_unreadable(key)
                     continue
                 seen.add(name)
                 self._report.images += 1
@@ -193,7 +201,14 @@ class Repairer:
         what = broken.image or broken.key
         candidates = [name for name in names if name.image == broken.image]
         if not candidates:
-            self._report.failed[what] = "no name says where it came from: preload it again"
+            if broken.root is None and self._drop:
+                await self._drop_unreadable(broken.key)
+                return
+            self._report.failed[what] = (
+                "no name says where it came from: preload it again"
+                if broken.root is not None
+                else "no name leads to it: --drop gives it up"
+            )
             return
         why = "nothing tried"
         for name in candidates:
@@ -218,10 +233,12 @@ class Repairer:
     async def _drop_unreadable(self, key: str) -> None:
         """Removes a root record that is still unreadable: its image has another by now."""
         try:
-            RootRecord.decode(await self._store.get(key, limit=MAX_RECORD))
+            root = RootRecord.decode(await self._store.get(key, limit=MAX_RECORD))
+            if not key.endswith(f"/{key_of(root).digest()}.json"):
+                raise Corrupt("it is the root of another image")
         except NotFound:
             return
-        except BROKEN:
+        except (*BROKEN, KeyError):
             await self._store.delete(key)
             self._report.dropped.append(key)
 

@@ -6,8 +6,9 @@ import random
 from pathlib import Path
 
 import pytest
-from kits.realm import FAST, Crash, CrashStore, broken, built_realm, copied, write_images
+from kits.realm import FAST, Crash, CrashStore, broken, build, built_realm, copied, write_images
 
+from imagecache.blockimage.keys import ImageKey
 from imagecache.blockimage.manifest import Face, canonical_options
 from imagecache.blockimage.records import AliasRecord, LayerRecord, RootRecord
 from imagecache.build.pipeline import Builder, BuildSettings
@@ -15,12 +16,15 @@ from imagecache.build.spool import Spool
 from imagecache.cache.decode import Wanted, decode_all
 from imagecache.catalog import AliasName, Catalog
 from imagecache.chunks import BLOCK
+from imagecache.collect.plan import Policy
+from imagecache.collect.run import Collector, Wishes
 from imagecache.errors import Corrupt, CubecacheError
 from imagecache.leases.build import BuildLeases
 from imagecache.oci.platform import host_platform
 from imagecache.oci.reference import parse_reference
 from imagecache.oci.settings import RegistrySettings
 from imagecache.oci.source import open_source
+from imagecache.repair.presence import key_of
 from imagecache.repair.repairer import Broken, Repairer, RepairReport
 from imagecache.repair.scrub import Scrubber, ScrubReport, ScrubWishes
 from imagecache.store.base import Priority, Store
@@ -44,7 +48,7 @@ async def scrub(store: Store, wishes: ScrubWishes | None = None) -> ScrubReport:
     return await Scrubber(Catalog(store, "default"), MemoryReader(inner), wishes).run()
 
 
-async def repair(store: Store, spool: Path) -> RepairReport:
+async def repair(store: Store, spool: Path, *, drop: bool = False) -> RepairReport:
     catalog = Catalog(store, "default")
     inner = store.inner if isinstance(store, CrashStore) else store
 
@@ -69,7 +73,7 @@ async def repair(store: Store, spool: Path) -> RepairReport:
         return result.block_image
 
     return await Repairer(
-        catalog, MemoryReader(inner), rebuild, faces=[(Face.EROFS, OPTIONS)]
+        catalog, MemoryReader(inner), rebuild, faces=[(Face.EROFS, OPTIONS)], drop=drop
     ).run()
 
 
@@ -227,8 +231,6 @@ async def test_damage_of_all_kinds_is_found_and_repaired_soak(
 
 async def test_no_build_takes_over_what_is_quarantined(realm: MemoryStore, tmp_path: Path) -> None:
     """A pack with a marker is not relied on: the layer is converted again."""
-    from kits.realm import build
-
     store = copied(realm)
     catalog = Catalog(store, "default")
     key = next(key for key in sorted(store.objects) if "/packs/" in key)
@@ -297,3 +299,56 @@ async def test_crash_at_every_write_of_a_repair(realm: MemoryStore, tmp_path: Pa
             del store.objects[key]  # its time would have run out
         assert not (await repair(store, tmp_path / "spool")).failed
         assert await broken(store) == (2, []), at
+
+
+async def test_damaged_name_is_mended_by_preloading_it_again(
+    realm: MemoryStore, tmp_path: Path
+) -> None:
+    """An alias cannot be derived: repair says so, and a preload writes it anew."""
+    store = copied(realm)
+    catalog = Catalog(store, "default")
+    names = await catalog.aliases()
+    key = next(key for key in sorted(store.objects) if "/aliases/" in key)
+    store.objects[key] = store.objects[key][:40]
+    report = await repair(store, tmp_path / "spool")
+    assert "preload that name again" in report.failed[key]
+    for name in names:
+        await build(store, tmp_path / "spool", name.name)
+    assert await catalog.aliases() == names
+
+
+async def test_unreadable_root_without_a_name_is_given_up_when_said(
+    realm: MemoryStore, tmp_path: Path
+) -> None:
+    """It would stop every collection: with --drop it goes, and nothing else does."""
+    store = copied(realm)
+    catalog = Catalog(store, "default")
+    name = (await catalog.aliases())[0]
+    await catalog.drop_alias(name)
+    root = await catalog.find_root(ImageKey(name.image, Face.EROFS, OPTIONS))
+    key = catalog.keys.root(key_of(root), root.generation)
+    store.objects[key] = b"{}"
+    report = await repair(store, tmp_path / "spool")
+    assert "--drop" in report.failed[key]
+    assert key in store.objects
+    report = await repair(store, tmp_path / "spool", drop=True)
+    assert (report.dropped, report.failed) == ([key], {})
+    assert await broken(store) == (1, [])
+
+
+async def test_unreadable_root_behind_a_good_one_is_dropped(
+    realm: MemoryStore, tmp_path: Path
+) -> None:
+    """What a newer generation has need not be rebuilt to be forgotten in an older one."""
+    store = copied(realm)
+    catalog = Catalog(store, "default")
+    litter = f"{catalog.keys.packs(1)}{'0' * 64}"
+    await store.put(litter, b"left by a killed build")
+    wishes = Wishes(Policy(min_age=0, grace=3600), delete_many=True)
+    await Collector(catalog, wishes).run()
+    old = next(key for key in sorted(store.objects) if "g00000001/roots/" in key)
+    assert old.replace("g00000001", "g00000002") in store.objects
+    store.objects[old] = store.objects[old][:-9]
+    report = await repair(store, tmp_path / "spool")
+    assert (report.dropped, report.failed, report.broken) == ([old], {}, [])
+    await Collector(catalog, wishes).run()
