@@ -231,6 +231,8 @@ class BuildLeases:
             return "a builder that has just ended"
         except Corrupt:
             there = replace(record, holder="nobody", ttl_seconds=0)
+        if there.holder == record.holder:
+            return lease  # our own put, whose first answer was lost
         in_time = await self._clock.now() - stat.modified <= there.ttl_seconds
         if in_time and not is_dead(there.holder):
             return there.holder

@@ -101,6 +101,19 @@ async def test_dead_neighbour_s_lease_is_taken_at_once() -> None:
     assert await asyncio.wait_for(lease_of(store), 5)
 
 
+class Deaf(MemoryStore):
+    """Loses the answer of each conditional put, and asks again, as a retry does."""
+
+    async def put(self, key, body, *, only_if_absent=False):
+        await super().put(key, body, only_if_absent=only_if_absent)
+        return await super().put(key, body, only_if_absent=only_if_absent)
+
+
+async def test_claim_whose_answer_was_lost_is_known_again() -> None:
+    """G8: nobody waits for himself."""
+    assert await asyncio.wait_for(lease_of(Deaf()), 5)
+
+
 async def test_commit_needs_an_active_generation() -> None:
     """Invariant 1: a generation retired during the build takes no root."""
     store = MemoryStore()
