@@ -113,6 +113,9 @@ async def _listen(runner: web.AppRunner, settings: Settings) -> None:
         if group:
             shutil.chown(path, group=group)
             path.chmod(0o660)
+            # To pass through, not to list; what else is in there has modes of its own.
+            shutil.chown(path.parent, group=group)
+            path.parent.chmod(0o710)
     except (OSError, LookupError) as error:
         raise Unavailable(f"cannot listen on {path}: {error}") from error
     finally:

@@ -267,3 +267,20 @@ def test_unix_peers_have_the_role_of_their_user() -> None:
         assert peer_caller(left, os.getuid(), Role.READ).role is Role.ADMIN
         if os.getuid() == 0:
             assert peer_caller(left, 12345, Role.READ).role is Role.ADMIN
+
+
+async def test_socket_group_reaches_the_control_socket_and_nothing_else(where: Settings) -> None:
+    """K7: by default the socket is its owner's; with a group, that group may pass to it."""
+    import grp
+    import os
+
+    async with served(where, ApiSection()):
+        assert where.control_socket.stat().st_mode & 0o777 == 0o600
+        assert where.state_dir.stat().st_mode & 0o077 == 0
+    group = grp.getgrgid(os.getgid()).gr_name
+    async with served(where, ApiSection(socket_group=group)):
+        assert where.control_socket.stat().st_mode & 0o777 == 0o660
+        assert where.state_dir.stat().st_mode & 0o777 == 0o710
+        others = [p for p in where.state_dir.iterdir() if p != where.control_socket]
+        writable = [p.name for p in others if p.stat().st_mode & 0o020]
+        assert not writable
