@@ -11,6 +11,9 @@ from kits.image import recipe_layout, reference, write_image
 
 from imagecache.blockimage.layerindex import LayerIndex
 from imagecache.build.progress import BuildResult
+from imagecache.build.reuse import GAP_BYTES, most_runs
+from imagecache.cache.plan import plan_gets
+from imagecache.chunks import BLOCK
 from imagecache.chunks.cut import FORMAT_CUT_RULE, blocks_of
 from imagecache.composition import ImageRequest, build_image, opened_catalog
 from imagecache.flatten.filetable import FileTable
@@ -109,3 +112,42 @@ def test_cutting_rule_is_the_format_s(tmp_path: Path) -> None:
     build(where, write_image(tmp_path / "image", [entries]))
     index = indexes(where)[0]
     assert blake3(index.chunks.digests).hexdigest() == GOLDEN
+
+
+def test_tenth_version_is_not_in_pieces(tmp_path: Path) -> None:
+    """However its versions changed, the GETs of a sequential read are bounded by its size."""
+    dice = random.Random(6)
+    contents = {f"lib/{n:03}.py": dice.randbytes(dice.randrange(60_000)) for n in range(400)}
+    where = settings(tmp_path)
+    gets = []
+    for _ in range(10):
+        for name in dice.sample(sorted(contents), 12):
+            contents[name] = dice.randbytes(len(contents[name]) + 1)
+        entries = [directory("lib"), *(Entry(n, content=body) for n, body in contents.items())]
+        result = build(where, write_image(tmp_path / "image", [entries]))[0]
+        gets.append(sequential_gets(where, result.image))
+    size = sum(map(len, contents.values()))
+    windows = 1 + size // (48 * FORMAT_CUT_RULE.least_group_blocks * BLOCK)
+    assert gets[-1] <= 2 * most_runs(size, size) + 1 + windows
+    assert gets[-1] > gets[0]  # else nothing was reused, and nothing was tested
+
+
+def sequential_gets(where: Settings, image: str) -> int:
+    """GETs of a reader that asks for windows of 64 extents ahead, as the cache does."""
+
+    async def run() -> int:
+        async with opened_catalog(where) as (_, catalog):
+            found = [root async for root in catalog.roots() if root.image == image]
+            manifest = await catalog.block_manifest(found[0])
+            table = await catalog.location_table(found[0])
+            present: set[int] = set()
+            gets = 0
+            for start in range(0, len(manifest.extents), 64):
+                ordinals = manifest.extents.ordinals[start : start + 64]
+                missing = [n for n in dict.fromkeys(ordinals) if n not in present]
+                present.update(missing)
+                places = [table.locate(n) for n in missing]
+                gets += len(plan_gets(places, max_bytes=4 << 20, max_gap=GAP_BYTES))
+            return gets
+
+    return asyncio.run(run())
