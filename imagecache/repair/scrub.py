@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -159,15 +159,24 @@ class Scrubber:
     async def _present(self) -> None:
         """What is gone is found from what names it."""
         check = PresenceCheck(self._catalog, self._reader)
+        async for root in self._roots():
+            for found in await check.check(root):
+                self._add(found.key, found.what, found.chunks)
+
+    async def _roots(self) -> AsyncIterator[RootRecord]:
+        """Every root that can be read, each from its newest generation; the others were found."""
+        seen: set[str] = set()
         for generation in await self._catalog.readable_generations():
             prefix = self._catalog.keys.roots(generation)
             for key in [stat.key async for stat in self._store.list(prefix)]:
+                if key.removeprefix(prefix) in seen:
+                    continue
                 try:
                     root = RootRecord.decode(await self._store.get(key, limit=MAX_RECORD))
                 except BROKEN:
-                    continue  # found above
-                for found in await check.check(root):
-                    self._add(found.key, found.what, found.chunks)
+                    continue
+                seen.add(key.removeprefix(prefix))
+                yield root
 
     # --- packs
 
@@ -215,7 +224,7 @@ class Scrubber:
         The pack's own table may be damaged too, so those that the images name are asked for.
         """
         found = set(chunks)
-        async for root in self._catalog.roots():
+        async for root in self._roots():
             if name.hex() not in root.packs:
                 continue
             try:
