@@ -1,7 +1,8 @@
 """Writes over NBD: an overlay of nbdserver beside `nbdkit --filter=cow` on the same base file.
 
 fio's nbd engine writes to each in turn, round by round, each run on a fresh overlay; the medians of
-the rounds are compared. Neither is asked to flush: both answer when the kernel has the data.
+the rounds are compared. Neither is asked to flush: both answer when the kernel has the data. Beside
+the rate stands the server's processor time for each write, which a busy machine changes less.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ NAMES = ("nbdserver", "nbdkit cow")
 
 def write_once(
     name: str, base: Path, load: tuple[str, str, int, str], connections: int, seconds: int
-) -> float:
-    """One run of fio against a fresh server; writes per second."""
+) -> tuple[float, float]:
+    """One run of fio against a fresh server: writes per second, processor seconds per write."""
     _label, block, depth, pattern = load
     with Stage() as stage:
         path = stage.folder / "nbd.sock"
@@ -49,9 +50,18 @@ def write_once(
         fio += [f"--numjobs={connections}", f"--size={base.stat().st_size}"]
         fio += [f"--runtime={seconds}", "--time_based", "--group_reporting"]
         fio += ["--norandommap", "--output-format=json"]
+        before = processor_seconds(server.child.pid)
         done = subprocess.run(fio, check=True, capture_output=True, text=True)
         out = done.stdout
-        return float(json.loads(out[out.index("{\n") :])["jobs"][0]["write"]["iops"])
+        written = json.loads(out[out.index("{\n") :])["jobs"][0]["write"]
+        spent = processor_seconds(server.child.pid) - before
+        return float(written["iops"]), spent / max(written["total_ios"], 1)
+
+
+def processor_seconds(process: int) -> float:
+    """User and system time of a process so far (proc(5): fields 14 and 15 of stat)."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def main() -> int:
@@ -71,22 +81,24 @@ def main() -> int:
             file.write(os.urandom(1 << 20))
     print(f"commit {commit()}; {machine()}; load {os.getloadavg()[0]:.1f}")
     print(f"{version('fio', '--version')}; {version('nbdkit', '--version')}")
-    print("| workload | connections | nbdserver | nbdkit cow | ratio |")
-    print("| --- | --- | --- | --- | --- |")
+    print("| workload | connections | nbdserver | nbdkit cow | ratio | CPU per write, ours / cow |")
+    print("| --- | --- | --- | --- | --- | --- |")
     rows: list[dict[str, Any]] = []
     for load in WORKLOADS:
         if chosen.only is not None and chosen.only not in load[0]:
             continue
         for connections in (1, 4):
-            runs: dict[str, list[float]] = {name: [] for name in NAMES}
+            runs: dict[str, list[tuple[float, float]]] = {name: [] for name in NAMES}
             for number in range(chosen.rounds):
                 # Each round begins with another server, so none always follows the same one.
                 for name in NAMES if number % 2 else NAMES[::-1]:
                     runs[name].append(write_once(name, base, load, connections, chosen.seconds))
-            ours, theirs = (statistics.median(runs[name]) for name in NAMES)
+            ours, theirs = (statistics.median(rate for rate, _ in runs[name]) for name in NAMES)
+            spent = [statistics.median(cpu for _, cpu in runs[name]) * 1e6 for name in NAMES]
             rows.append({"workload": load[0], "connections": connections, "runs": runs})
             rows[-1]["ratio"] = ours / theirs
             cells = f"{ours:,.0f}/s | {theirs:,.0f}/s | {ours / theirs:.2f}"
+            cells += f" | {spent[0]:.1f} / {spent[1]:.1f} us"
             print(f"| {load[0]} | {connections} | {cells} |", flush=True)
     base.unlink()
     about = {"machine": machine(), "commit": commit(), "date": time.strftime("%Y-%m-%d")}

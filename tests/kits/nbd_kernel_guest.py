@@ -22,7 +22,7 @@ WORK = Path("/mnt")
 SOCKET = WORK / "nbd.sock"
 BASE = WORK / "base"
 MOUNT = WORK / "files"
-SIZE = 48 << 20
+SIZE = 32 << 20
 URI = NbdUri("disk", unix=SOCKET)
 COMPLAINTS = ("I/O error", "EXT4-fs error", "EXT4-fs warning")
 
