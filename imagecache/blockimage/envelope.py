@@ -40,6 +40,8 @@ def unseal(stored: bytes, name: bytes, *, limit: int = MAX_PLAINTEXT) -> bytes:
         raise Corrupt(f"object {name.hex()} is not a cubecache object, or of a newer version")
     if key_id:
         raise Corrupt(f"object {name.hex()} is sealed with key {key_id}, which is not configured")
+    if length > MAX_PLAINTEXT:
+        raise Corrupt(f"object {name.hex()} claims {length} bytes, over the format's cap")
     if length > limit:
         raise LimitExceeded(f"object {name.hex()} claims {length} bytes; the limit is {limit}")
     payload = memoryview(stored)[HEADER.size :]

@@ -38,16 +38,16 @@ def decode_record(kind: str, raw: bytes) -> dict[str, Any]:
         raise Corrupt(f"a {kind} record is not JSON") from error
     if not isinstance(fields, dict) or fields.get("kind") != kind:
         raise Corrupt(f"not a {kind} record")
-    if fields.get("version") != 1:
-        raise Unsupported(
-            f"a {kind} record of version {fields.get('version')}", remedy="needs a newer cubecache"
-        )
     try:
         right = fields.pop("check", None) == _check(fields)
     except (ValueError, RecursionError):  # what JSON can say and cannot be written again
         right = False
     if not right:
         raise Corrupt(f"a {kind} record does not match its check")
+    if fields.get("version") != 1:
+        raise Unsupported(
+            f"a {kind} record of version {fields.get('version')}", remedy="needs a newer cubecache"
+        )
     return fields
 
 
