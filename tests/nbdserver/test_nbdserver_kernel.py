@@ -70,7 +70,7 @@ STEPS = ["attach", "exercise", "killed", "peer", "reclaimed", "adopted", "end"]
 
 async def test_kernel_attach(guest_root, tmp_path):
     """Attach with 4 connections, ext4, kill -9 of the server, nbd-client, reclaim, adopt."""
-    assert await run_in_guest(guest_root, tmp_path, 40, 1, 280) == STEPS
+    assert await run_in_guest(guest_root, tmp_path, 20, 1, 280) == STEPS
 
 
 @pytest.mark.soak
