@@ -109,7 +109,7 @@ def test_verify_finds_a_flipped_bit(cubecache: Cubecache, busybox: str) -> None:
     """G12: a stored object with a flipped bit is found and named, with exit 74."""
     cubecache.preload(busybox)
     largest = max(
-        (path for path in cubecache.state.rglob("*") if path.is_file() and "pack" in str(path)),
+        (path for path in cubecache.state.rglob("*") if path.is_file() and "/packs/" in str(path)),
         key=lambda path: path.stat().st_size,
     )
     content = bytearray(largest.read_bytes())
