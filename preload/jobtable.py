@@ -9,9 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import sqlite_utils
-
-from imagecache.errors import Denied, NoSpace
+from imagecache.statetable import with_table
 
 T = TypeVar("T")
 _STATES = ("queued", "paused", "running", "done", "failed", "cancelled")
@@ -35,6 +33,14 @@ class JobRow:
     error: dict[str, Any] | None
 
 
+_COLUMNS: dict[str, type] = dict.fromkeys(JobRow.__slots__, str) | {
+    "priority": int,
+    "pin_seconds": int,
+    "attempts": int,
+    "submitted": float,
+}
+
+
 class JobTable:
     """Blocking; called from threads one at a time."""
 
@@ -42,22 +48,7 @@ class JobTable:
         self._path = path
 
     def _with(self, work: Callable[[Any], T]) -> T:
-        try:
-            database = sqlite_utils.Database(self._path)
-            try:
-                database.conn.execute("pragma synchronous=full")
-                if "jobs" not in database.table_names():
-                    columns: dict[str, Any] = dict.fromkeys(JobRow.__slots__, str)
-                    columns |= {"priority": int, "pin_seconds": int, "attempts": int}
-                    columns["submitted"] = float
-                    database.table("jobs").create(columns, pk="id")
-                return work(database.table("jobs"))
-            finally:
-                database.conn.close()
-        except sqlite3.OperationalError as error:
-            if "full" in str(error):
-                raise NoSpace(f"{self._path}: {error}", remedy="free disk space") from error
-            raise Denied(f"{self._path}: {error}") from error
+        return with_table(self._path, "jobs", _COLUMNS, "id", work)
 
     def load(self) -> list[JobRow]:
         """Every job, oldest first; a table that is not one is set aside and begun anew."""

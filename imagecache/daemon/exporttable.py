@@ -8,9 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import sqlite_utils
-
-from imagecache.errors import Denied, NoSpace
+from imagecache.statetable import with_table
 
 T = TypeVar("T")
 
@@ -34,6 +32,12 @@ class ExportRecord:
     owner: str | None = None
 
 
+_COLUMNS: dict[str, type] = dict.fromkeys(ExportRecord.__slots__, str) | {
+    "size_bytes": int,
+    "generation": int,
+}
+
+
 class ExportTable:
     """Blocking; called from threads one at a time."""
 
@@ -41,23 +45,7 @@ class ExportTable:
         self._path = path
 
     def _with(self, work: Callable[[Any], T]) -> T:
-        try:
-            database = sqlite_utils.Database(self._path)
-            try:
-                database.conn.execute("pragma synchronous=full")
-                if "exports" not in database.table_names():
-                    columns = dict.fromkeys(ExportRecord.__slots__, str) | {
-                        "size_bytes": int,
-                        "generation": int,
-                    }
-                    database.table("exports").create(columns, pk="name")
-                return work(database.table("exports"))
-            finally:
-                database.conn.close()
-        except sqlite3.OperationalError as error:
-            if "full" in str(error):
-                raise NoSpace(f"{self._path}: {error}", remedy="free disk space") from error
-            raise Denied(f"{self._path}: {error}") from error
+        return with_table(self._path, "exports", _COLUMNS, "name", work)
 
     def load(self) -> list[ExportRecord]:
         """Every export, by name; a table that is not a database is set aside and begun anew."""
