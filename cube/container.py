@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from cube.volumes import Mount
 from imagecache.errors import LimitExceeded, UsageError
 
 DEFAULT_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -66,6 +67,16 @@ class ContainerSpec:
     upper_bytes: int = 0  # limit of the writable layer; 0 = half the guest's memory
     wants_stdin: bool = False
     capabilities: int = DEFAULT_CAPABILITIES
+    mounts: Sequence[Mount] = ()
+    autostart: bool = True  # False: the host says when (GuestLink.start)
+    tty: bool = False
+    read_only_root: bool = False
+    cpu_millis: int = 0  # thousandths of a processor; 0 = no limit
+    memory_bytes: int = 0  # 0 = no limit
+    pids_limit: int = 0  # 0 = no limit
+    groups: Sequence[int] = ()  # beside those that the image gives the user
+    no_new_privileges: bool = False
+    discard_after_ms: int = 0  # a full window drops output after this time; 0 = the program waits
 
 
 def compose(defaults: ImageDefaults, overrides: Overrides, *, hostname: str) -> ContainerSpec:

@@ -33,6 +33,13 @@ class FrameType(enum.IntEnum):
     FAILED = 8
     SIGNAL = 9
     SHUTDOWN = 10
+    START = 11
+    EXEC = 12
+    RESIZE = 13
+    CONNECT = 14
+    STATS = 15
+    LOST = 16
+    PING = 17
 
 
 class Stream(enum.IntEnum):
@@ -55,6 +62,28 @@ class Key(enum.IntEnum):
     SIGNAL = 7
     READ_BYTES = 8
     REALTIME = 9
+    CONTAINER = 10
+    ARGUMENT = 11
+    VARIABLE = 12
+    USER = 13
+    DIRECTORY = 14
+    TTY = 15
+    STDIN = 16
+    ROWS = 17
+    COLUMNS = 18
+    PORT = 19
+    ADDRESS = 20
+    USAGE = 21  # a container's record in STATS
+    CPU_NS = 22
+    MEMORY_BYTES = 23
+    MEMORY_LIMIT = 24
+    PIDS = 25
+    WRITE_BYTES = 26
+    MEMORY_TOTAL = 27
+    MEMORY_FREE = 28
+    RECEIVED_BYTES = 29
+    SENT_BYTES = 30
+    OOM_KILLS = 31
 
 
 @dataclass(frozen=True, slots=True)
