@@ -11,9 +11,10 @@ from imagecache.daemon.bodies import Field, checked, decoded, query_values
 from imagecache.daemon.exports import LiveExport
 from imagecache.daemon.gate import MAX_BODY, Gate
 from imagecache.daemon.metrics import exposition
+from imagecache.daemon.naming import FACE, PLATFORM, requested
 from imagecache.daemon.openapi import document
 from imagecache.daemon.operations import Call, Operation, operation, operations_of
-from imagecache.daemon.preloadroutes import FACE, PLATFORM, PreloadRoutes, requested
+from imagecache.daemon.preloadroutes import PreloadRoutes
 from imagecache.daemon.service import ExportRequest, Service
 from imagecache.settings import FILLS
 
@@ -129,7 +130,7 @@ class Routes:
         body = call.body
         if body["socket"] is not None:
             call.caller.require(Role.ADMIN, "a socket of one's own")
-        image = await requested(self._service, call, body["image"])
+        image = await requested(self._service.settings, call, body["image"])
         wanted = ExportRequest(
             image,
             body["socket"],

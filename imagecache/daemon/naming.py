@@ -1,4 +1,7 @@
-"""Which images a caller from the network may name (I14): public registries, unless configured."""
+"""How a request names an image, and which ones a caller from the network may name (I14).
+
+Those are images of public registries, unless `[api] private_images` is set.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,25 @@ import asyncio
 import ipaddress
 import socket
 
+from imagecache.composition import ImageRequest
+from imagecache.daemon.bodies import Field
+from imagecache.daemon.operations import Call
 from imagecache.errors import Denied, Unavailable
 from imagecache.oci.reference import RegistryReference, parse_reference
+from imagecache.settings import Settings
 
+PLATFORM = Field("platform", "text", "OS/ARCH of a multi-platform image.", most=64)
+FACE = Field("fs", "text", "erofs, or ext4 with `:free=BYTES`.", most=64)
 LOOKUP_SECONDS = 10.0
 _REMEDY = "call over the unix socket, or set [api] private_images"
+
+
+async def requested(settings: Settings, call: Call, reference: str) -> ImageRequest:
+    """The image that a body names, if the caller may name it."""
+    image = ImageRequest.parse(reference, call.body["platform"], call.body["fs"] or "erofs")
+    if call.caller.remote and not settings.api.private_images:
+        await require_public(image.reference)
+    return image
 
 
 async def require_public(reference: str) -> None:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from imagecache.composition import ImageRequest
 from imagecache.daemon.access import Role, hidden
 from imagecache.daemon.bodies import Field
-from imagecache.daemon.naming import require_public
+from imagecache.daemon.naming import FACE, PLATFORM, requested
 from imagecache.daemon.operations import Call, operation
 from imagecache.daemon.service import Service
 from preload.jobs import Job
 from preload.planning import experience, look
 
-PLATFORM = Field("platform", "text", "OS/ARCH of a multi-platform image.", most=64)
-FACE = Field("fs", "text", "erofs, or ext4 with `:free=BYTES`.", most=64)
 MAX_PIN_SECONDS = 366 * 86400
 _IMAGES = Field("images", "texts", "References, as `cubecache preload` takes them.", required=True)
 _PLAN = (
@@ -33,14 +30,6 @@ _WAIT = (
     Field("wait", "number", "Answer when the version changes, or after so many seconds.", most=60),
     Field("since", "number", "The version that the caller knows.", least=-1, most=2**53),
 )
-
-
-async def requested(service: Service, call: Call, reference: str) -> ImageRequest:
-    """The image that a body names, if the caller may name it."""
-    image = ImageRequest.parse(reference, call.body["platform"], call.body["fs"] or "erofs")
-    if call.caller.remote and not service.settings.api.private_images:
-        await require_public(image.reference)
-    return image
 
 
 class PreloadRoutes:
@@ -73,7 +62,9 @@ class PreloadRoutes:
     )
     async def preload(self, call: Call) -> web.Response:
         """Queue preloads, in the order of `images`; an equal request's job is found again."""
-        images = [await requested(self._service, call, text) for text in call.body["images"]]
+        images = [
+            await requested(self._service.settings, call, text) for text in call.body["images"]
+        ]
         jobs = await self._service.jobs.submit(
             images,
             owner=call.caller.owner,
@@ -95,7 +86,7 @@ class PreloadRoutes:
         known = experience(job.result for job in self._service.jobs.jobs() if job.result)
         plans = []
         for text in call.body["images"]:
-            image = await requested(self._service, call, text)
+            image = await requested(self._service.settings, call, text)
             found = await look(self._service.settings, self._service.catalog, image, known)
             plans.append(found.as_json())
         return web.json_response({"plans": plans})
