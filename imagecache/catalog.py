@@ -7,6 +7,7 @@ here and nowhere else, so that "not there" and "could not ask" stay apart for ev
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
@@ -23,8 +24,12 @@ from imagecache.blockimage.records import (
     LayerRecord,
     RootRecord,
 )
-from imagecache.errors import Corrupt, NotFound, UsageError
+from imagecache.errors import Corrupt, LimitExceeded, NotFound, Unsupported, UsageError
 from imagecache.store.base import Store
+
+log = logging.getLogger(__name__)
+
+_DAMAGED = (Corrupt, LimitExceeded, Unsupported)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,16 +110,27 @@ class Catalog:
         await self.store.put(self.keys.root(key, root.generation), root.encode())
 
     async def roots(self) -> AsyncIterator[RootRecord]:
-        """Every readable root; an image in two generations comes once, from the newer."""
+        """Every root that can be read; an image in two generations comes once, from the newer.
+
+        A damaged record is logged and passed over: what lists or serves images loses one image,
+        and collection, which must not, reads roots by itself (`imagecache.collect.snapshot`).
+        """
         seen: set[str] = set()
         for generation in await self.readable_generations():
             async for stat in self.store.list(self.keys.roots(generation)):
                 name = stat.key.rsplit("/", 1)[1]
                 if name in seen:
                     continue
+                try:
+                    raw = await self.store.get(stat.key, limit=MAX_RECORD)
+                    root = self._own(RootRecord.decode(raw))
+                except NotFound:
+                    continue  # collected since it was listed
+                except _DAMAGED as error:
+                    log.warning("%s is passed over: %s (cubecache repair)", stat.key, error)
+                    continue
                 seen.add(name)
-                raw = await self.store.get(stat.key, limit=MAX_RECORD)
-                yield self._own(RootRecord.decode(raw))
+                yield root
 
     async def find_layer(self, diff_id: str, generation: int) -> LayerRecord:
         """The converted layer of a diff id in one generation."""
@@ -140,11 +156,17 @@ class Catalog:
         await self.store.delete(self.keys.alias(record.repository, record.tag))
 
     async def aliases(self, repository: str | None = None) -> list[AliasRecord]:
-        """All names, or those of one repository, by name."""
+        """All names that can be read, or those of one repository, by name; damage as in `roots`."""
         prefix = self.keys.aliases if repository is None else self.keys.aliases_of(repository)
         records = []
         async for stat in self.store.list(prefix):
-            records.append(AliasRecord.decode(await self.store.get(stat.key, limit=MAX_RECORD)))
+            try:
+                raw = await self.store.get(stat.key, limit=MAX_RECORD)
+                records.append(AliasRecord.decode(raw))
+            except NotFound:
+                continue  # dropped since it was listed
+            except _DAMAGED as error:
+                log.warning("%s is passed over: %s (cubecache repair)", stat.key, error)
         return sorted(records, key=lambda record: record.name)
 
     async def resolve_name(self, name: AliasName | str) -> str:

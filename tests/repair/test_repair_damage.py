@@ -352,3 +352,28 @@ async def test_unreadable_root_behind_a_good_one_is_dropped(
     report = await repair(store, tmp_path / "spool")
     assert (report.dropped, report.failed, report.broken) == ([old], {}, [])
     await Collector(catalog, wishes).run()
+
+
+async def test_one_damaged_record_hides_nothing_else_and_stops_collection(
+    realm: MemoryStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A list of images loses the damaged one and says so; a collection deletes nothing."""
+    store = copied(realm)
+    catalog = Catalog(store, "default")
+    names, roots = await catalog.aliases(), [root async for root in catalog.roots()]
+    lost = catalog.keys.root(key_of(roots[0]), roots[0].generation)
+    store.objects[lost] = store.objects[lost][:-9]
+    alias = catalog.keys.alias(names[0].repository, names[0].tag)
+    store.objects[alias] = b"{}"
+    assert [root async for root in catalog.roots()] == roots[1:]
+    assert await catalog.aliases() == names[1:]
+    assert lost in caplog.text
+    assert alias in caplog.text
+    before = dict(store.objects)
+    with pytest.raises(Corrupt):
+        await Collector(catalog).run()
+    assert {key for key in before if "/packs/" in key} <= set(store.objects)
+    store.objects[alias] = realm.objects[alias]
+    with pytest.raises(Corrupt):
+        await Collector(catalog).run()
+    assert {key for key in before if "/packs/" in key} <= set(store.objects)
