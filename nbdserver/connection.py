@@ -90,6 +90,7 @@ class Connection:
         self._ended = False
         self._shutting_down = False
         self._held = False
+        self._taken_back: list[Request] = []
         self._quiet: asyncio.Future[None] | None = None
 
     # --- life ---
@@ -122,17 +123,20 @@ class Connection:
         self._maybe_done()
 
     async def hold(self) -> None:
-        """Stop at a request boundary: read no more, return when all in flight is answered."""
+        """Stop at a request boundary: read no more, return when nothing is in flight."""
         self._held = True
         self._stop_reading()
+        if not self._skip:  # what is taken back comes before what is received, skipped or not
+            self._inflight.take_back_reads(self._taken_back)
         while not self._idle and not self._closed:
-            if self._quiet is None:
-                self._quiet = self._loop.create_future()
+            self._quiet = self._quiet or self._loop.create_future()
             await self._quiet
 
     def release_hold(self) -> None:
         """Go on after `hold`."""
         self._held = False
+        while self._taken_back:
+            self._inflight.start(self._taken_back.pop(0), b"")
         self._resume()
 
     @property
@@ -142,9 +146,8 @@ class Connection:
 
     def unparsed(self) -> bytes:
         """While held: bytes received and not answered, from a request's first byte on."""
-        if self._partial is not None:
-            return self._partial.received()
-        return self._tail
+        asked = b"".join(map(self._layout.encode, self._taken_back))
+        return asked + (self._tail if self._partial is None else self._partial.received())
 
     @property
     def skipping(self) -> int:
@@ -364,9 +367,8 @@ class Connection:
     def _payload_limit(self, request: Request) -> int:
         if request.command == Command.BLOCK_STATUS:
             return self._limits.option_bytes
-        if self.session.mode is ReplyMode.EXTENDED:
-            return self.session.maximum
-        return self._limits.drained_payload_bytes
+        extended = self.session.mode is ReplyMode.EXTENDED
+        return self.session.maximum if extended else self._limits.drained_payload_bytes
 
     def _violated(self, reason: str) -> None:
         self._counters.violations += 1

@@ -1,9 +1,9 @@
 """Passing listening sockets and live plain connections to a new server process.
 
 The old process holds every connection at a request boundary, writes its state down, and passes the
-descriptors; nothing is read from or written to a client until the new process said that it has
-adopted them. That is the commit point: before it the old process goes on, after it
-the new one alone.
+descriptors. Reads in flight are taken back, and asked again by whoever goes on. Nothing is read
+from or written to a client until the new process said that it has adopted them. That is the commit
+point: before it the old process goes on, after it the new one alone.
 TLS clients cannot move (their keys cannot): they are drained and closed.
 
 Wire format, on a unix stream socket: frames of length u32 (big endian), then a JSON object; a
@@ -89,14 +89,18 @@ class ConnectionState:
             raise HandoverError(f"a malformed connection record: {failure!r}") from failure
 
 
-class _Channel:
-    """Frames on a blocking socket with a deadline per call; used in a thread."""
+class FrameChannel:
+    """Frames on a blocking socket with a deadline per call; used in a thread.
+
+    Raises HandoverError for a malformed frame or the end of the stream, OSError.
+    """
 
     def __init__(self, sock: socket.socket, seconds: float) -> None:
         sock.settimeout(seconds)
         self._socket = sock
 
     def send(self, frame: dict[str, Any], fd: int | None = None, tail: bytes = b"") -> None:
+        """One frame, with a descriptor, with bytes behind it."""
         raw = json.dumps(frame).encode()
         head = _LENGTH.pack(len(raw))
         if fd is None:
@@ -106,6 +110,7 @@ class _Channel:
         self._socket.sendall(raw + tail)
 
     def receive(self) -> tuple[dict[str, Any], int | None, bytes]:
+        """The next frame; its descriptor is the caller's."""
         head, fds, _flags, _address = socket.recv_fds(self._socket, _LENGTH.size, 1)
         fd = fds[0] if fds else None
         try:
@@ -208,7 +213,7 @@ def _split(server: Server) -> tuple[list[Client], list[Client]]:
 def _offer(
     listeners: list[Listener], moving: list[Client], control: socket.socket, seconds: float
 ) -> None:
-    channel = _Channel(control, seconds)
+    channel = FrameChannel(control, seconds)
     channel.send({"kind": "hello", "version": VERSION})
     for listener in listeners:
         path = None if listener.path is None else str(listener.path)
@@ -251,12 +256,14 @@ async def take_over(
     control: socket.socket,
     exports_for: Callable[[str], Exports],
     *,
+    before_start: Callable[[], Awaitable[None]] | None = None,
     seconds: float = 10.0,
 ) -> int:
     """Adopt listeners and connections from the process behind `control`; the number of clients.
 
-    `exports_for` answers the exports of a listener's label (LookupError: unknown). A client whose
-    export has another size or other features now is closed. Raises HandoverError: nothing taken.
+    `exports_for` answers the exports of a listener's label (LookupError: unknown); `before_start`
+    runs between adopting and serving, and may still refuse (HandoverError). A client whose export
+    has another size or other features now is closed. Raises HandoverError: nothing taken.
     """
     taken = _Taken()
     prepared: list[tuple[Connection, Listener]] = []
@@ -273,8 +280,10 @@ async def take_over(
             connection = await _prepare(server, state, sock, listener)
             if connection is not None:
                 prepared.append((connection, listener))
-        channel = _Channel(control, seconds)
+        channel = FrameChannel(control, seconds)
         await asyncio.to_thread(channel.send, {"kind": "adopted", "connections": len(prepared)})
+        if before_start is not None:
+            await before_start()
     except (OSError, HandoverError, LookupError, ValueError, TypeError) as failure:
         for connection, _listener in prepared:
             connection.detach()
@@ -284,7 +293,7 @@ async def take_over(
         taken.close()
         with contextlib.suppress(OSError):
             refusal = {"kind": "refused", "reason": str(failure)[:500]}
-            await asyncio.to_thread(_Channel(control, seconds).send, refusal)
+            await asyncio.to_thread(FrameChannel(control, seconds).send, refusal)
         raise HandoverError(f"take-over failed: {failure}") from failure
     for connection, _listener in prepared:
         connection.start()
@@ -294,7 +303,7 @@ async def take_over(
 
 
 def _collect(control: socket.socket, taken: _Taken, seconds: float) -> None:
-    channel = _Channel(control, seconds)
+    channel = FrameChannel(control, seconds)
     hello, _fd, _tail = channel.receive()
     if hello.get("kind") != "hello" or hello.get("version") != VERSION:
         raise HandoverError(f"hand-over format {hello.get('version')!r}, this is {VERSION}")

@@ -69,6 +69,7 @@ class InFlight:
         self._loop = asyncio.get_running_loop()
         self._tasks: dict[asyncio.Task[None], Request] = {}
         self._bytes = 0
+        self._taken_back: list[Request] = []
 
     def __bool__(self) -> bool:
         return bool(self._tasks)
@@ -87,6 +88,13 @@ class InFlight:
             if request.command in _BY_READING:
                 task.cancel()
 
+    def take_back_reads(self, into: list[Request]) -> None:
+        """Stop reads that can be asked again; each that ends unanswered is put `into` the list."""
+        self._taken_back = into
+        for task, request in self._tasks.items():
+            if request.command in _BY_READING and not request.payload:
+                task.cancel()
+
     def start(self, request: Request, payload: Buffer) -> None:
         """Begin to serve a request; `payload` is its own memory, from the pool or not."""
         if request.command in (Command.READ, Command.WRITE):
@@ -101,7 +109,9 @@ class InFlight:
         self._turn.waiting -= 1
         if request.command in (Command.READ, Command.WRITE):
             self._bytes -= request.length
-        if not task.cancelled() and task.exception() is not None:
+        if task.cancelled():
+            self._taken_back.append(request)
+        elif task.exception() is not None:
             _log.error(
                 "a request of %r failed oddly", self._session.export, exc_info=task.exception()
             )

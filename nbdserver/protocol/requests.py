@@ -140,6 +140,11 @@ class RequestLayout:
                 break
         return start, total
 
+    def encode(self, request: Request) -> bytes:
+        """The header of a parsed request without payload, as its client sent it."""
+        key = self._read_key | request.flags << 16 | request.command
+        return self._struct.pack(key, request.cookie, request.offset, request.length)
+
     def plain_write(
         self, requests: memoryview, position: int, end: int
     ) -> tuple[bytes, int, int] | None:

@@ -83,12 +83,12 @@ def test_connection_moves(pair, framing):
 
 
 def test_requests_in_flight_are_answered_first(pair, device):
-    """What the old server had begun, it answers; what came meanwhile, the new one does."""
+    """Writes that the old server had begun, it answers; what came meanwhile, the new one does."""
     old, new = pair
     with RawClient(old.path) as client:
         client.greet().go()
         old.do(lambda: setattr(device, "gate", asyncio.Event()))
-        client.send(client.pack(READ, 0, BLOCK))
+        client.send(client.pack(WRITE, 0, BLOCK, payload=pattern(BLOCK, BLOCK)))
         while not old.do(lambda: old.server._turn.waiting):
             time.sleep(0.005)
         opener = threading.Timer(0.2, lambda: old.do(lambda: device.gate.set()))
@@ -99,10 +99,39 @@ def test_requests_in_flight_are_answered_first(pair, device):
         opener.join()
         late.join()
         device.gate = None
-        assert {client.reply().data, client.reply().data} == {
-            pattern(0, BLOCK),
-            pattern(BLOCK, BLOCK),
-        }
+        assert client.reply().error == 0
+        assert client.reply().data == pattern(BLOCK, BLOCK)
+        assert client.read(0, BLOCK) == pattern(BLOCK, BLOCK)
+
+
+@pytest.mark.parametrize("framing", FRAMINGS)
+def test_reads_that_wait_are_asked_again_by_the_successor(pair, device, framing):
+    """A read whose bytes do not come holds nothing up, and is answered once, whoever goes on."""
+    old, new = pair
+
+    def unknown(label):
+        raise LookupError(label)
+
+    with RawClient(old.path) as client:
+        client.greet().go(**framing)
+        old.do(lambda: setattr(device, "gate", asyncio.Event()))
+        client.send(b"".join(client.pack(READ, n * BLOCK, BLOCK) for n in range(3)))
+        late = client.pack(READ, 3 * BLOCK, BLOCK)
+        client.send(late[:10])
+        deadline = time.monotonic() + 60
+        while old.do(lambda: old.server._turn.waiting) < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        assert pass_all(old, new, unknown) == (None, None)
+        assert old.do(lambda: old.server._turn.waiting) == 3
+        gate = device.gate = asyncio.Event()  # one of the new server's loop
+        assert pass_all(old, new) == (1, 1)
+        assert not old.do(lambda: old.server._turn.waiting)
+        client.send(late[10:])
+        device.gate = None
+        new.do(gate.set)
+        found = {client.reply().data for _ in range(4)}
+        assert found == {pattern(n * BLOCK, BLOCK) for n in range(4)}
 
 
 def test_successor_that_refuses(pair):
