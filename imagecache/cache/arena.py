@@ -15,6 +15,7 @@ from imagecache.cache.index import SlotIndex
 from imagecache.cache.indexqueue import IndexQueue
 from imagecache.cache.lease import Lease
 from imagecache.cache.lock import DirectoryLock
+from imagecache.cache.passing import Passing
 from imagecache.cache.settings import ArenaSettings, ArenaStats, Integrity
 from imagecache.cache.slotfile import SLOT_BYTES, ShortFile, SlotFile
 from imagecache.cache.slots import SlotTable
@@ -31,21 +32,19 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 _MEDIUM = (errno.EIO, errno.EUCLEAN, errno.ENODATA)
 
 
-class Arena:
+class Arena(Passing):
     """Chunks by digest. All methods belong to the loop that opened it."""
 
     def __init__(
-        self, lock: DirectoryLock, file: SlotFile, index: SlotIndex, settings: ArenaSettings
+        self, lock: DirectoryLock | None, file: SlotFile, index: SlotIndex, settings: ArenaSettings
     ) -> None:
-        """Use `open`."""
+        """Use `open` or `look`."""
+        super().__init__(lock, IndexQueue(index, settings.retry_seconds))
         self.settings = settings
         self.file = file
         self.view = file.view
         self.table = SlotTable(settings.slot_count, settings.budget_bytes // BLOCK)
-        self._lock = lock
-        self._index = IndexQueue(index, settings.retry_seconds)
         self._io = ThreadPoolExecutor(settings.workers, thread_name_prefix="arena-io")
-        self._tasks: set[asyncio.Task[None]] = set()
         self._sums: dict[int, bytes] | None = (
             {} if settings.integrity is Integrity.EVERY_READ else None
         )
@@ -68,25 +67,36 @@ class Arena:
         """
         settings = settings or ArenaSettings()
         loop = asyncio.get_running_loop()
-        arena = await loop.run_in_executor(None, cls._open, directory, settings, lock_fd)
-        arena._start(arena._index.run(), arena._keep_ticking(), *start_upkeep(arena))
+        arena = await loop.run_in_executor(None, cls._opened, directory, settings, lock_fd)
+        arena._start(*arena._upkeep())
         return arena
 
     @classmethod
-    def _open(cls, directory: Path, settings: ArenaSettings, lock_fd: int | None) -> Arena:
+    async def look(cls, directory: Path, settings: ArenaSettings) -> Arena:
+        """The arena as a frozen predecessor left it; frozen itself until `claim`."""
+        loop = asyncio.get_running_loop()
+        arena = await loop.run_in_executor(None, cls._opened, directory, settings, None, True)
+        arena._open.clear()
+        return arena
+
+    @classmethod
+    def _opened(
+        cls, directory: Path, settings: ArenaSettings, lock_fd: int | None, looking: bool = False
+    ) -> Arena:
         lock: DirectoryLock | None = None
         file: SlotFile | None = None
         try:
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            lock = (
-                DirectoryLock.take(directory)
-                if lock_fd is None
-                else DirectoryLock.adopt(lock_fd, directory)
-            )
+            if lock_fd is not None:
+                lock = DirectoryLock.adopt(lock_fd, directory)
+            elif not looking:
+                lock = DirectoryLock.take(directory)
             file = SlotFile(directory / "slots", settings.slot_count)
             index = SlotIndex(directory / "index.db")
             arena = cls(lock, file, index, settings)
             arena._load(index)
+            if not looking:
+                arena._tidy()
         except BaseException as error:
             if file is not None:
                 file.close()
@@ -111,36 +121,29 @@ class Arena:
                     )
             for slot in table.present_slots():
                 self.note_recovered(slot)
-        end = self.file.size
+
+    def _tidy(self) -> None:
+        table, end = self.table, self.file.size
         table.can_punch = self.file.punch_range(end - BLOCK, BLOCK)
         for first, last in table.restored():
             self.file.punch_range(first * SLOT_BYTES, (last - first) * SLOT_BYTES)
         self._note_evictions()
 
-    def _start(self, *jobs: Coroutine[Any, Any, None]) -> None:
-        for job in jobs:
-            task = asyncio.get_running_loop().create_task(job)
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+    def _upkeep(self) -> list[Coroutine[Any, Any, None]]:
+        return [self._index.run(), self._keep_ticking(), *start_upkeep(self)]
 
     async def close(self) -> None:
         """Ends upkeep, writes the index down, and gives the lock up; safe to call twice."""
         if self._closed:
             return
         self._closed = True
-        for task in tuple(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._end_tasks()
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(None, self._io.shutdown)
         await self._index.close()
         self.file.close()
-        self._lock.release()
-
-    @property
-    def lock_fd(self) -> int:
-        """The lock's descriptor, to pass to a successor."""
-        return self._lock.fd
+        if self._lock is not None:
+            self._lock.release()
 
     # --- looking up
 
@@ -263,18 +266,19 @@ class Arena:
     # --- writing
 
     async def admit(self, chunks: Sequence[tuple[bytes, bytes]], *, ahead: bool) -> int:
-        """Keeps verified (digest, plaintext) pairs; how many of them are here afterwards.
+        """Keeps verified (digest, plaintext) pairs; how many distinct ones are here afterwards.
 
         `ahead`: fetched before anybody asked. Never raises for a disk that refuses: the chunks are
         passed through, `degraded` says why, and a write is tried again later.
         """
+        await self._open.wait()
         if self._degraded and asyncio.get_running_loop().time() < self._retry_at:
             self.refused += len(chunks)
             return 0
         table = self.table
         work: list[Work] = []
         present = 0
-        for digest, plaintext in chunks:
+        for digest, plaintext in dict(chunks).items():
             if table.find(digest) >= 0:
                 present += 1
                 continue
@@ -287,6 +291,7 @@ class Arena:
         if not work:
             return present
         punch, sums = table.can_punch, self._sums is not None
+        self._begun()
         job = self._run(lambda: write_all(self.file, work, can_punch=punch, with_sums=sums))
         try:
             await asyncio.shield(job)
@@ -296,13 +301,9 @@ class Arena:
             raise
         return present + self._settle(work, job.result(), ahead)
 
-    def _settle(
-        self,
-        work: Sequence[Work],
-        written: Sequence[Written],
-        ahead: bool,
-    ) -> int:
-        table, kept = self.table, 0
+    def _settle(self, work: Sequence[Work], written: Sequence[Written], ahead: bool) -> int:
+        self._ended()
+        table, kept, twice = self.table, 0, 0  # twice: another caller was first
         for item, outcome in zip(work, written, strict=True):
             reservation, digest = item.reservation, item.digest
             for number, slot in enumerate(reservation.punches):
@@ -313,7 +314,8 @@ class Arena:
             if outcome.healed:
                 self._tampered()
             if outcome.error is not None or table.find(digest) >= 0:
-                table.abandon(reservation)
+                table.abandon(reservation, written=outcome.error is None)
+                twice += outcome.error is None
                 if outcome.error is not None:
                     self._degrade(outcome.error)
                 continue
@@ -327,7 +329,7 @@ class Arena:
         if kept and self._degraded and all(outcome.error is None for outcome in written):
             log.warning("cache %s: the disk takes writes again", self.file.path)
             self._degraded = None
-        return kept
+        return kept + twice
 
     def _advance(self, admitted: int) -> None:
         # A chunk's own first use must be over before a tick or two have passed, so a tick is a

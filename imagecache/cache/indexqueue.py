@@ -45,6 +45,14 @@ class IndexQueue:
                 await asyncio.sleep(self._retry_seconds)
                 self._changed.set()
 
+    async def flush(self) -> bool:
+        """Writes what waits; False where the database refuses (it is kept for the next time)."""
+        return await self._write()
+
+    def forget(self) -> None:
+        """Drops what waits: somebody else owns the index now."""
+        self._changes, self._evidence = {}, []
+
     async def close(self) -> None:
         """Writes what waits, and ends connection and thread."""
         await self._write()
@@ -64,6 +72,10 @@ class IndexQueue:
 
         try:
             await asyncio.get_running_loop().run_in_executor(self._thread, job)
+        except asyncio.CancelledError:
+            # Whether the thread had begun is unknown; written twice, a row is the same row.
+            self._changes = {**changes, **self._changes}
+            raise
         except OSError as error:
             # The index is a hint: the cache works without, and what waits is one row per slot.
             log.warning("%s; will try again", error)

@@ -1,8 +1,7 @@
 """Which chunk is in which slot, what may be evicted, and the count of what the slots occupy.
 
-Pure state, owned by the event loop: every decision is made here, all I/O elsewhere. Slots go
-FREE -> WRITING -> CHECKED -> FREE; rows of an earlier run start as UNCHECKED; a slot that is
-dropped while somebody reads it waits as DOOMED for the last pin.
+Pure state, owned by the event loop; all I/O is elsewhere. Slots go FREE -> WRITING -> CHECKED ->
+FREE; rows of an earlier run start as UNCHECKED; a dropped one waits as DOOMED for its last pin.
 """
 
 from __future__ import annotations
@@ -197,11 +196,12 @@ class SlotTable:
         self._list(slot, digest)
         self.recency.add(slot, digest, ahead=ahead)
 
-    def abandon(self, reservation: Reservation) -> None:
-        """The write of a reserved slot failed: what it occupies now is unknown, at most all."""
+    def abandon(self, reservation: Reservation, *, written: bool) -> None:
+        """A reserved slot is not needed: `written`, or with unknown blocks, at most all."""
         slot = reservation.slot
-        self._vacate(slot)
-        self._occupy(slot, max(reservation.blocks, reservation.stale_blocks))
+        if not written:
+            self._vacate(slot)
+            self._occupy(slot, max(reservation.blocks, reservation.stale_blocks))
         self._give_back(slot)
 
     def punched(self, slot: int, *, given_back: bool) -> None:
@@ -278,8 +278,7 @@ class SlotTable:
         """Takes an index's rows (slot, digest, blocks), but those that cannot be."""
         # A million rows must not take seconds: columns are locals, and nothing is called per row.
         states, sizes, occupied = self.states, self.blocks, self._occupied
-        digests, slot_of = self.digests, self._slot_of
-        slots = array("I")
+        digests, slot_of, slots = self.digests, self._slot_of, array("I")
         total, limit, free = 0, self.slot_count, SlotState.FREE.value
         unchecked = SlotState.UNCHECKED.value
         for slot, digest, blocks in rows:

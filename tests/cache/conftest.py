@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from kits.cacheimage import KitImage, KitReader, make_image
+from kits.until import until
 
 from imagecache.cache.arena import Arena
 from imagecache.cache.device import BlockImageDevice, open_device
@@ -47,8 +47,7 @@ class Bench:
 
     async def settled(self) -> None:
         """Returns when the arena has written what reads were answered from meanwhile."""
-        while self.fetcher.flying:
-            await asyncio.sleep(0.001)
+        await until(lambda: not self.fetcher.flying, "the end of all flights")
 
     async def close(self) -> None:
         await self.fetcher.close()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from kits.cachearena import SMALL, chunk, fill, present, stocked
+from kits.until import soon, until
 
 from imagecache.cache.arena import Arena
 from imagecache.cache.slotfile import SLOT_BYTES, SlotFile
@@ -121,8 +122,8 @@ async def test_something_else_in_a_files_place(tmp_path: Path, name: str, what: 
     else:
         path.hardlink_to(secret)
     arena = await Arena.open(arena_dir, SMALL)
-    while name != "slots" and arena.stats().chunks < 20:
-        await asyncio.sleep(0.001)
+    if name != "slots":
+        await until(lambda: arena.stats().chunks >= 20, "20 chunks, found by their own bytes")
     kept = await present(arena, range(20))
     assert kept == (0 if name == "slots" else 20)  # the slots alone are evidence enough
     await fill(arena, range(50, 60))
@@ -201,7 +202,12 @@ async def main():
 asyncio.run(main())
 """
     done = await asyncio.to_thread(
-        subprocess.run, [sys.executable, "-c", script], capture_output=True, text=True, check=True
+        subprocess.run,
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=90,
     )
     assert done.stdout.strip() == "4 the disk refuses writes: File too large"
 
@@ -232,7 +238,7 @@ async def test_the_directory_is_deleted_while_running(tmp_path: Path) -> None:
     directory = tmp_path / "arena"
     arena = await Arena.open(directory, SMALL)
     await fill(arena, range(10))
-    await asyncio.to_thread(subprocess.run, ["rm", "-r", str(directory)], check=True)
+    await asyncio.to_thread(subprocess.run, ["rm", "-r", str(directory)], check=True, timeout=60)
     assert await present(arena, range(10)) == 10
     await fill(arena, range(10, 15))
     assert await present(arena, range(15)) == 15
@@ -261,11 +267,11 @@ asyncio.run(main())
     first = await asyncio.create_subprocess_exec(
         sys.executable, "-c", script, stdout=asyncio.subprocess.PIPE
     )
-    assert await first.stdout.readline() == b"ready\n"
+    assert await soon(first.stdout.readline()) == b"ready\n"
     with pytest.raises(Busy, match=rf"process {first.pid}\b"):
         await Arena.open(tmp_path, SMALL)
     first.kill()
-    await first.wait()
+    await soon(first.wait())
     arena = await Arena.open(tmp_path, SMALL)
     await arena.close()
 

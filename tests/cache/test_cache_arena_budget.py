@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from kits.cachearena import SMALL, chunk, fill, present, stocked
+from kits.until import until
 
 from imagecache.cache.arena import Arena
 from imagecache.cache.settings import ArenaSettings
@@ -104,13 +105,29 @@ async def test_leases_keep_what_is_not_yet_there_and_run_out(tmp_path: Path) -> 
     arena.lease([chunk_digest(chunk(0))], seconds=0.01)
     lease.release()
     lease.release()
-    while arena.stats().leased:
-        await asyncio.sleep(0.01)
+    await until(lambda: not arena.stats().leased, "the end of the lease")
     for _ in range(4):  # chunks that come back push out those that nobody uses any more
         for number in range(2000, 2400):
             if not arena.holds(chunk_digest(chunk(number))):
                 await fill(arena, range(number, number + 1))
     assert await present(arena, range(4)) == 0
+    await arena.close()
+
+
+async def test_a_chunk_admitted_twice_at_once_stays_within_the_budget(tmp_path: Path) -> None:
+    """H7: two callers admit the same chunks into a full arena: the second copies are let go."""
+    arena = await Arena.open(tmp_path, SMALL)
+    for number in range(20):
+        await fill(arena, range(number * 100, number * 100 + 60), blocks=64 - number * 3)
+        blocks = 1 + number * 3
+        some = [chunk(10_000 + number * 10 + n, blocks) for n in range(6)]
+        batch = [(chunk_digest(data), data) for data in some]
+        both = await asyncio.gather(
+            arena.admit(batch + batch, ahead=True), arena.admit(batch[::-1], ahead=False)
+        )
+        assert both[0] == 6
+        arena.table.check()
+        assert arena.stats().used_bytes <= SMALL.budget_bytes
     await arena.close()
 
 
@@ -142,8 +159,8 @@ async def test_a_million_chunks_are_ready_in_five_seconds(tmp_path: Path) -> Non
     arena = await Arena.open(tmp_path, large)
     print(f"10^6 chunks: ready in {time.monotonic() - begin:.2f} s")
     assert arena.stats().chunks == 10**6
-    while not arena.stats().checked and not arena.stats().quarantined:
-        await asyncio.sleep(0.05)  # nothing but holes: the scrub has begun to find that out
+    # Nothing but holes: the scrub has begun to find that out.
+    await until(lambda: arena.stats().checked or arena.stats().quarantined, "the scrub's begin")
     await arena.close()
 
 
@@ -163,8 +180,7 @@ async def test_background_checking_after_a_restart(tmp_path: Path) -> None:
     """H9: what an earlier run left is compared with its digests without anybody's asking."""
     await stocked(tmp_path)
     arena = await Arena.open(tmp_path, ArenaSettings(16 << 20, scrub_bytes_per_second=1 << 20))
-    while arena.stats().unchecked:
-        await asyncio.sleep(0.01)
+    await until(lambda: not arena.stats().unchecked, "the end of the first checks")
     assert arena.stats().checked == 20
     await arena.close()
 
@@ -258,7 +274,6 @@ async def test_a_cancelled_admission_finishes_by_itself(tmp_path: Path) -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    while not arena.holds(chunk_digest(data)):
-        await asyncio.sleep(0.001)
+    await until(lambda: arena.holds(chunk_digest(data)), "the cancelled admission's chunk")
     assert await present(arena, range(1, 2)) == 1
     await arena.close()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 import sqlite3
 from pathlib import Path
 
 import pytest
 from kits.cachearena import SMALL, fill, present, stocked
+from kits.until import until
 
 from imagecache.cache.arena import Arena
 from imagecache.cache.index import SCHEMA
@@ -44,8 +44,7 @@ async def test_a_lost_index_is_rebuilt_from_the_slots(tmp_path: Path, how: str) 
     await stocked(tmp_path)
     damage_index(tmp_path / "index.db", how)
     arena = await Arena.open(tmp_path, SMALL)
-    while arena.stats().chunks < 20:
-        await asyncio.sleep(0.01)
+    await until(lambda: arena.stats().chunks >= 20, "20 chunks, found by their own bytes")
     assert await present(arena, range(20)) == 20
     await fill(arena, range(20, 30))
     await arena.close()
@@ -73,8 +72,7 @@ async def test_a_locked_index_is_replaced(tmp_path: Path) -> None:
     other.execute("PRAGMA locking_mode = EXCLUSIVE")
     other.execute("BEGIN EXCLUSIVE")
     arena = await Arena.open(tmp_path, SMALL)
-    while arena.stats().chunks < 20:
-        await asyncio.sleep(0.01)
+    await until(lambda: arena.stats().chunks >= 20, "20 chunks, found by their own bytes")
     assert await present(arena, range(20)) == 20
     await arena.close()
     other.close()

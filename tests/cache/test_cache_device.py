@@ -9,6 +9,7 @@ import os
 import random
 
 import pytest
+from kits.until import soon, until
 
 from imagecache.cache.device import LOCAL_CONTEXT, errno_of, zeros
 from imagecache.cache.events import Cause, Wait
@@ -161,8 +162,7 @@ async def test_cache_is_accepted_at_once_and_bounded(bench) -> None:
     await device.cache(0, device.size)
     assert not b.reader.reads
     assert sum(b.fetcher.queued) == 1024
-    while b.arena.stats().chunks < 1024:
-        await asyncio.sleep(0.01)
+    await until(lambda: b.arena.stats().chunks >= 1024, "1,024 chunks")
     assert device.try_read(0, 100 * BLOCK) is not None
 
 
@@ -321,7 +321,7 @@ async def vandalised(bench, rounds: int, seed: int) -> None:
     ]
     await vandal(b, random.Random(seed), rounds)
     done = True
-    counts = await asyncio.gather(*readers)
+    counts = await soon(asyncio.gather(*readers))
     b.arena.table.check()
     stats = b.arena.stats()
     print(f"{rounds} strokes, {sum(counts)} reads, {stats.quarantined} quarantined, 0 wrong bytes")

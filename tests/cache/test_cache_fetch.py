@@ -45,6 +45,7 @@ async def test_a_herd_on_one_chunk_is_one_get(bench) -> None:
     assert all(b"".join(f) == image.read(n % 64 * BLOCK, BLOCK) for n, f in enumerate(found))
     assert len(b.reader.reads) == 1
     assert b.fetcher.counters.joins == 499
+    await b.settled()
     assert device.try_read(0, 8192) is not None
 
 

@@ -10,6 +10,8 @@ import signal
 import sys
 from pathlib import Path
 
+from kits.until import soon, until
+
 from imagecache.cache.arena import Arena
 from imagecache.cache.fill import Fill, FillMode, FillState, default_mode
 from imagecache.cache.settings import ArenaSettings
@@ -26,7 +28,7 @@ async def test_a_whole_fill_is_few_large_gets(bench) -> None:
     assert fill.progress.state is FillState.IDLE
     fill.start()
     fill.start()
-    done = await fill.wait()
+    done = await soon(fill.wait())
     assert (done.state, done.chunks, done.failed) == (FillState.DONE, 120, 0)
     assert done.bytes == done.bytes_total == mapped.stored_bytes
     assert len(b.reader.reads) < 12
@@ -45,14 +47,14 @@ async def test_hot_comes_first_and_none_brings_nothing(bench) -> None:
     mapped = image.map()
     none = Fill(mapped, b.fetcher, mode=FillMode.NONE)
     none.start()
-    assert (await none.wait()).chunks == 0
+    assert (await soon(none.wait())).chunks == 0
     hot = Fill(mapped, b.fetcher, mode=FillMode.HOT, hot=[33, 7, 8])
     hot.start()
-    assert (await hot.wait()).chunks == 3
+    assert (await soon(hot.wait())).chunks == 3
     assert all(b.arena.holds(mapped.digest(n)) for n in (33, 7, 8))
     metadata = Fill(mapped, b.fetcher, mode=FillMode.HOT)
     metadata.start()
-    assert (await metadata.wait()).chunks == 1
+    assert (await soon(metadata.wait())).chunks == 1
     assert b.arena.holds(mapped.digest(0))
     assert not b.arena.holds(mapped.digest(1))
 
@@ -63,11 +65,10 @@ async def test_an_outage_pauses_a_fill(bench) -> None:
     fill = Fill(image.map(), b.fetcher, mode=FillMode.WHOLE)
     b.reader.away = True
     fill.start()
-    while fill.progress.state is not FillState.WAITING:
-        await asyncio.sleep(0.01)
+    await until(lambda: fill.progress.state is FillState.WAITING, "the fill's pause")
     assert fill.progress.error == "the store is away"
     b.reader.away = False
-    done = await fill.wait()
+    done = await soon(fill.wait())
     assert (done.state, done.chunks) == (FillState.DONE, 40)
     await fill.stop()
 
@@ -83,7 +84,7 @@ async def test_a_bad_chunk_does_not_stop_a_fill(bench) -> None:
     b.store.objects[key] = bytes(body)
     fill = Fill(image.map(), b.fetcher, mode=FillMode.WHOLE)
     fill.start()
-    done = await fill.wait()
+    done = await soon(fill.wait())
     assert (done.state, done.chunks, done.failed) == (FillState.DONE, 39, 1)
     assert chunk_digest(image.chunks[20]).hex() in (done.error or "") or done.error is None
 
@@ -95,8 +96,7 @@ async def test_a_fill_has_a_rate_and_demand_overtakes_it(bench) -> None:
     rate = mapped.stored_bytes // 600
     fill = Fill(mapped, b.fetcher, mode=FillMode.WHOLE, bytes_per_second=rate)
     fill.start()
-    while not fill.progress.chunks:
-        await asyncio.sleep(0.001)
+    await until(lambda: fill.progress.chunks, "the first chunk of the fill")
     device = b.device(image, read_ahead=False)
     last = device.size - 4096
     assert b"".join(await device.read(last, 4096)) == image.read(last, 4096)
@@ -128,7 +128,7 @@ async def test_a_filled_image_stays_while_another_is_scanned(bench) -> None:
     other = b.image(seed=2, chunks=60, blocks=64, holes=False)
     fill = Fill(kept.map(), b.fetcher, mode=FillMode.WHOLE)
     fill.start()
-    await fill.wait()
+    await soon(fill.wait())
     scan = b.device(other)
     for at in range(0, scan.size, 1 << 20):
         await scan.read(at, min(1 << 20, scan.size - at))
@@ -180,10 +180,12 @@ async def test_kill_9_during_a_fill(tmp_path: Path, bench) -> None:
         child = await asyncio.create_subprocess_exec(
             sys.executable, "-c", CHILD, str(directory), *paths, stdout=asyncio.subprocess.PIPE
         )
-        assert await child.stdout.readline() == b"filling\n"
-        await asyncio.sleep(rng.random() * 0.8)
-        os.kill(child.pid, signal.SIGKILL)
-        await child.wait()
+        try:
+            assert await soon(child.stdout.readline()) == b"filling\n"
+            await asyncio.sleep(rng.random() * 0.8)
+        finally:
+            os.kill(child.pid, signal.SIGKILL)
+        await soon(child.wait())
         arena = await Arena.open(
             directory / "arena", ArenaSettings(4 << 20, scrub_bytes_per_second=0)
         )
