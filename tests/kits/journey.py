@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from testbed.processes import Process, Stage
+from testbed.processes import Process, Stage, completed
 
 ROOT = Path(__file__).parents[2]
 COMMAND = ROOT / ".venv/bin/cubecache"
@@ -61,14 +61,7 @@ class Cubecache:
         environment: Mapping[str, str] | None = None,
     ) -> Answer:
         """Runs a command to its end; whatever its end, a traceback fails the test."""
-        outcome = subprocess.run(
-            self.command(*arguments),
-            check=False,
-            capture_output=True,
-            stdin=subprocess.DEVNULL,
-            timeout=seconds,
-            env=self.full_environment(environment),
-        )
+        outcome = completed(self.command(*arguments), seconds, self.full_environment(environment))
         answer = Answer(
             outcome.returncode,
             outcome.stdout.decode(errors="replace"),
@@ -101,7 +94,9 @@ class Cubecache:
             start_new_session=True,
         )
         try:
+            deadline = time.monotonic() + 60
             while child.poll() is None and not self._is_open_in(child.pid):
+                assert time.monotonic() < deadline, f"{arguments} opened nothing"
                 time.sleep(0.01)
             time.sleep(seconds)
             os.killpg(child.pid, signal.SIGINT)
@@ -154,9 +149,12 @@ class Daemon:
 
 def tool(*command: str, expect: int | None = 0, seconds: float = 240) -> Answer:
     """Runs an outside program that must be there."""
-    outcome = subprocess.run(
-        command, check=False, capture_output=True, text=True, errors="replace", timeout=seconds
+    outcome = completed(command, seconds)
+    answer = Answer(
+        outcome.returncode,
+        outcome.stdout.decode(errors="replace"),
+        outcome.stderr.decode(errors="replace"),
     )
     if expect is not None:
-        assert outcome.returncode == expect, f"{command}: {outcome.stdout}{outcome.stderr}"
-    return Answer(outcome.returncode, outcome.stdout, outcome.stderr)
+        assert answer.code == expect, f"{command}: {answer.out}{answer.err}"
+    return answer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import shutil
@@ -15,7 +16,8 @@ from pathlib import Path
 from types import TracebackType
 
 _PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None, use_errno=True)
+# Looked up here: between fork and exec a look-up could wait for a lock whose thread is not there.
+_PRCTL = ctypes.CDLL(None, use_errno=True).prctl
 
 
 class StageError(Exception):
@@ -27,11 +29,40 @@ def dying_with_parent() -> Callable[[], None]:
     parent = os.getpid()
 
     def prepare() -> None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        _PRCTL(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
 
     return prepare
+
+
+def completed(
+    command: Sequence[str], seconds: float, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[bytes]:
+    """Runs `command` to its end with its output captured; raises `subprocess.TimeoutExpired`.
+
+    `subprocess.run` kills the child alone and then waits, without end, for whoever else holds its
+    pipes: a machine or a daemon that the child started.
+    """
+    child = subprocess.Popen(
+        list(command),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=dict(environment) if environment is not None else None,
+        start_new_session=True,
+    )
+    try:
+        out, err = child.communicate(timeout=seconds)
+    except BaseException as ended:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            said, complained = child.communicate(timeout=5)
+            if isinstance(ended, subprocess.TimeoutExpired):
+                ended.output, ended.stderr = said, complained
+        raise
+    return subprocess.CompletedProcess(command, child.returncode, out, err)
 
 
 class Process:
