@@ -12,6 +12,7 @@ from pathlib import Path
 from imagecache.build.pipeline import Builder, BuildSettings
 from imagecache.build.progress import BuildResult, Report
 from imagecache.build.spool import Spool, builder_lock
+from imagecache.build.spooled import SpoolServing
 from imagecache.catalog import AliasName, Catalog
 from imagecache.errors import Denied
 from imagecache.facechoice import FaceChoice
@@ -101,10 +102,12 @@ async def build_image(
     *,
     alias: AliasName | None = None,
     distrusted: frozenset[str] | None = None,
+    serving: SpoolServing | None = None,
 ) -> BuildResult:
     """Builds one image under the state directory's builder lock; Busy where another build runs.
 
-    `alias` is the name it gets, if not the request's; `distrusted` as of `Builder.build`.
+    `alias` is the name it gets, if not the request's; `distrusted` and `serving` are as of
+    `Builder.build`.
     """
     reference = parse_reference(request.reference)
     choice = FaceChoice.parse(request.face)
@@ -130,6 +133,7 @@ async def build_image(
                 alias=alias or alias_name(reference),
                 report=report,
                 distrusted=distrusted,
+                serving=serving,
             )
     finally:
         await source.close()

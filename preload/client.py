@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -25,6 +26,10 @@ CALL_SECONDS = 120.0
 WATCH_SECONDS = 20.0
 START_SECONDS = 30.0
 BUSY_STATUS = exit_code(Busy(""))
+
+_GOING_ON = ("queued", "running", "paused")
+
+log = logging.getLogger(__name__)
 
 OnProgress = Callable[[dict[str, Any]], None]
 
@@ -62,6 +67,7 @@ class Client:
     def __init__(self, session: aiohttp.ClientSession, socket: Path) -> None:
         self._session = session
         self._socket = socket
+        self._unstored: list[dict[str, Any]] = []
 
     async def call(self, method: str, path: str, body: Any = None, **query: Any) -> Any:
         """One call of the API; raises what the daemon answered, or Unavailable."""
@@ -103,11 +109,20 @@ class Client:
 
     async def wait(self, job: dict[str, Any], on_progress: OnProgress) -> dict[str, Any]:
         """A job's result, once it is done; raises what it failed with."""
-        while job["state"] in ("queued", "running", "paused"):
+        while job["state"] in _GOING_ON:
             on_progress(job)
-            job = await self.call(
-                "GET", f"/v1/preloads/{job['id']}", wait=WATCH_SECONDS, since=job["version"]
-            )
+            job = await self._next(job)
+        return self._result(job)
+
+    async def _next(self, job: dict[str, Any]) -> dict[str, Any]:
+        """The job once it has changed, or after a while."""
+        answer: dict[str, Any] = await self.call(
+            "GET", f"/v1/preloads/{job['id']}", wait=WATCH_SECONDS, since=job["version"]
+        )
+        return answer
+
+    @staticmethod
+    def _result(job: dict[str, Any]) -> dict[str, Any]:
         if job["error"]:
             raise from_record(job["error"])
         if job["result"] is None:
@@ -180,9 +195,35 @@ class Client:
         try:
             answer = await self.call("POST", "/v1/exports", body)
         except NotFound:
-            await self.preload(request, on_progress)
-            answer = await self.call("POST", "/v1/exports", body)
+            (job,) = await self.submit([request])
+            answer = await self._export_of(job, body, on_progress)
         return handle(answer)
+
+    async def _export_of(
+        self, job: dict[str, Any], body: dict[str, Any], on_progress: OnProgress
+    ) -> Any:
+        """Exports an image that is being preloaded, as soon as it can be read."""
+        while job["state"] in _GOING_ON:
+            on_progress(job)
+            if job["readable"]:
+                try:
+                    answer = await self.call("POST", "/v1/exports", body)
+                except NotFound:
+                    break  # its build ended meanwhile, one way or another
+                self._unstored.append(job)
+                return answer
+            job = await self._next(job)
+        await self.wait(job, on_progress)
+        return await self.call("POST", "/v1/exports", body)
+
+    async def settle(self) -> None:
+        """Waits until what was exported ahead of being stored is stored; tells of what is not."""
+        while self._unstored:
+            job = self._unstored.pop()
+            try:
+                await self.wait(job, lambda _: None)
+            except CubecacheError as error:
+                log.warning("%s is not stored: %s", job["image"], error)
 
     async def exports(self) -> list[dict[str, Any]]:
         """All exports of the daemon."""
@@ -250,6 +291,8 @@ async def connect(settings: Settings, *, start: bool = True) -> AsyncIterator[Cl
             if process is None and not await answers(settings):
                 raise absent(settings.control_socket)
             yield client
+            if process is not None:
+                await client.settle()  # a temporary daemon's builds end with it
     finally:
         if process is not None:
             await stop_daemon(process)

@@ -70,6 +70,12 @@ class Job:
     version: int = 0
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     stop_as: JobState = JobState.CANCELLED
+    readable: bool = False  # the image can be exported, though it is not stored yet
+
+    def may_be_exported(self) -> None:
+        """Tells watchers that the image can be exported from now on."""
+        self.readable = True
+        self.touch()
 
     @property
     def ended(self) -> bool:
@@ -102,6 +108,7 @@ class Job:
             "submitted": self.submitted,
             "attempts": self.attempts,
             "version": self.version,
+            "readable": self.readable,
             "progress": self.pace.as_json(),
             "result": self.result,
             "error": self.error,
@@ -315,6 +322,7 @@ class JobQueue:
             job.touch()
 
         job.state, job.stop_as = JobState.RUNNING, JobState.CANCELLED
+        job.readable = False
         job.attempts += 1
         self._running = asyncio.create_task(self._saved_and_built(job, report))
         job.touch()

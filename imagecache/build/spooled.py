@@ -37,10 +37,13 @@ class SpooledPacks:
     """
 
     def __init__(self, directory: Path) -> None:
-        """Drops what a process that was killed left in the directory. Blocking."""
+        """The directory is made when it is needed; nobody else writes into it."""
         self._directory = directory
         self._paths: dict[str, Path] = {}
-        shutil.rmtree(directory, ignore_errors=True)
+
+    def clear(self) -> None:
+        """Drops what a process that was killed left in the directory. Blocking."""
+        shutil.rmtree(self._directory, ignore_errors=True)
 
     def __len__(self) -> int:
         return len(self._paths)

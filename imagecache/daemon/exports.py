@@ -31,6 +31,7 @@ class LiveExport:
     start: ExportStart | None = None
     listener: Listener | None = None
     failure: str | None = None
+    stored: bool = True  # its image is committed; if not, it is read from the builder's spool
     clients: int = 0
     closing: bool = field(default=False)
 
@@ -59,8 +60,9 @@ class LiveExport:
             "fs": record.face,
             "size_bytes": record.size_bytes,
             "clients": self.clients,
-            "state": "failed" if self.failure else "serving",
+            "state": "failed" if self.failure and self.device is None else "serving",
             "failure": self.failure,
+            "stored": self.stored,
             "fill": None
             if progress is None
             else {

@@ -19,6 +19,7 @@ from imagecache.blockimage.locations import LocationTable
 from imagecache.blockimage.manifest import MAX_LAYERS, BlockManifest
 from imagecache.blockimage.records import MAX_RECORD, RootRecord
 from imagecache.build.progress import BuildResult, Report
+from imagecache.build.spooled import SpooledPacks, SpoolReader
 from imagecache.cache.arena import Arena
 from imagecache.cache.device import open_device
 from imagecache.cache.fetch import Fetcher
@@ -35,6 +36,7 @@ from imagecache.composition import (
 )
 from imagecache.daemon.exports import ExportView, LiveExport
 from imagecache.daemon.exporttable import ExportRecord, ExportTable
+from imagecache.daemon.firststart import FirstStarts
 from imagecache.daemon.holding import ExportHolding
 from imagecache.daemon.recording import ExportStart, StartKeeper
 from imagecache.errors import Busy, CubecacheError, NotFound, Unavailable, UsageError
@@ -78,8 +80,9 @@ class Service:
         self.arena = arena
         self.catalog = Catalog(opened.store, settings.realm)
         self.objects = ObjectCache(settings.state_dir / "objects", opened.store)
+        self.packs = SpooledPacks(settings.state_dir / "spool" / "unstored")
         self.fetcher = Fetcher(
-            opened.reader,
+            SpoolReader(opened.reader, self.packs),
             arena,
             FetchSettings(
                 stall_seconds=settings.cache.stall_seconds,
@@ -108,6 +111,9 @@ class Service:
         self._images: dict[str, ImageMap] = {}
         self._changing = asyncio.Lock()
         self.holding = ExportHolding(self.catalog, self.objects, self._live, self._keep)
+        self.firsts = FirstStarts(
+            self.packs, self.objects, self.catalog.keys, self._live, self._keep
+        )
 
     async def _keep(self, record: ExportRecord) -> None:
         await asyncio.to_thread(self._table.save, record)
@@ -136,6 +142,7 @@ class Service:
         return service
 
     async def _start(self) -> None:
+        await asyncio.to_thread(self.packs.clear)
         for record in await asyncio.to_thread(self._table.load):
             export = LiveExport(record, self.settings.nbd_socket)
             self._live[record.name] = export
@@ -169,7 +176,9 @@ class Service:
 
     async def _build(self, job: Job, report: Report) -> BuildResult:
         request = job.request
-        built = await build_image(self.settings, self.catalog, request, report)
+        async with self.firsts.building(request, job.may_be_exported) as serving:
+            built = await build_image(self.settings, self.catalog, request, report, serving=serving)
+            await self.firsts.stored(await self._root(request))
         if job.pin_seconds:
             name = request.reference
             await pin(self.catalog, await self._root(request), name, job.pin_seconds)
@@ -197,7 +206,14 @@ class Service:
         Raises NotFound where the image is not in the store, Busy where the name is another's.
         """
         self._check(request)
-        root = await self._root(request.image)
+        first = None
+        try:
+            root = await self._root(request.image)
+        except NotFound:
+            first = self.firsts.find(request.image)
+            if first is None:
+                raise
+            root = first.root
         name = request.name or export_name(request.image.reference, root, request.socket)
         if request.owner:
             name = f"{request.owner}.{name}"  # so that owners cannot meet in a name
@@ -207,7 +223,9 @@ class Service:
                 return await self._again(there, root, request)
             # All of these are round trips to the store: side by side.
             known = self.starts.look_up(request.image.reference, root)
-            config, _ = await asyncio.gather(self._run_config(root), self._image(root))
+            config, _ = await asyncio.gather(
+                self._run_config(root, first.config if first else None), self._image(root)
+            )
             record = ExportRecord(
                 name=name,
                 reference=request.image.reference,
@@ -223,9 +241,10 @@ class Service:
                 fill=request.fill or self.settings.cache.fill,
                 owner=request.owner,
             )
-            export = LiveExport(record, self.settings.nbd_socket)
+            export = LiveExport(record, self.settings.nbd_socket, stored=first is None)
             await self._attach(export, recording=request.record, known=known)
-            await asyncio.to_thread(self._table.save, record)
+            if first is None:
+                await asyncio.to_thread(self._table.save, record)
             self._live[name] = export
             self.holding.changed()
             logger.info("export %s of %s", name, root.image)
@@ -265,8 +284,9 @@ class Service:
         key = ImageKey(digest, choice.face, choice.options)
         return await self.catalog.find_root(key)
 
-    async def _run_config(self, root: RootRecord) -> str:
-        raw = await self.catalog.blob(root.config, root.generation)
+    async def _run_config(self, root: RootRecord, raw: bytes | None) -> str:
+        if raw is None:
+            raw = await self.catalog.blob(root.config, root.generation)
         config = parse_config(
             raw, limit=MAX_RECORD, max_layers=MAX_LAYERS, what=f"config {root.config}"
         )
@@ -330,6 +350,7 @@ class Service:
                     BlockManifest.decode(manifest),
                     LocationTable.decode(locations),
                     self.catalog.keys.pack,
+                    self.catalog.seals,
                 )
             )
             self._images[record.block_image] = image
@@ -360,6 +381,7 @@ class Service:
             self.holding.changed()
             if not any(x.record.block_image == export.record.block_image for x in self.exports()):
                 self._images.pop(export.record.block_image, None)
+            await self.firsts.release()
 
     async def _detach(self, export: LiveExport) -> None:
         if export.listener is not None:
