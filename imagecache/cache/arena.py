@@ -74,8 +74,7 @@ class Arena(Passing):
     @classmethod
     async def look(cls, directory: Path, settings: ArenaSettings) -> Arena:
         """The arena as a frozen predecessor left it; frozen itself until `claim`."""
-        loop = asyncio.get_running_loop()
-        arena = await loop.run_in_executor(None, cls._opened, directory, settings, None, True)
+        arena = await asyncio.to_thread(cls._opened, directory, settings, None, True)
         arena._open.clear()
         return arena
 
