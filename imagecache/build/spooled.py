@@ -15,6 +15,8 @@ from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from blake3 import blake3
+
 from imagecache.blockimage.records import RootRecord
 from imagecache.errors import NoSpace, Unavailable
 from imagecache.store.base import Priority, RangeReader
@@ -54,7 +56,7 @@ class SpooledPacks:
 
     async def add(self, key: str, path: Path) -> None:
         """Takes up a finished pack; raises NoSpace or Unavailable."""
-        link = self._directory / key.replace("/", "-")
+        link = self._directory / blake3(key.encode()).hexdigest()
         await asyncio.to_thread(_link, path, link)
         self._paths[key] = link
 

@@ -192,7 +192,7 @@ async def test_the_api_answers_while_store_is_gone_and_a_build_hangs(
 
     never = asyncio.Event()
 
-    async def hang(*_: object) -> None:
+    async def hang(*_: object, **__: object) -> None:
         await never.wait()
 
     monkeypatch.setattr(module, "build_image", hang)
