@@ -24,6 +24,7 @@ from imagecache.blockimage.records import (
     LayerRecord,
     RootRecord,
 )
+from imagecache.blockimage.seals import NO_SEALS, Seals
 from imagecache.errors import Corrupt, LimitExceeded, NotFound, Unsupported, UsageError
 from imagecache.store.base import Store
 
@@ -44,9 +45,11 @@ class AliasName:
 class Catalog:
     """One realm of one store."""
 
-    def __init__(self, store: Store, realm: str) -> None:
+    def __init__(self, store: Store, realm: str, seals: Seals = NO_SEALS) -> None:
+        """`seals` opens the realm's chunks; its small objects are sealed by `store` itself."""
         self.store = store
         self.keys = RealmKeys(realm)
+        self.seals = seals
 
     async def generations(self) -> list[Generation]:
         """Every generation with its state, by number."""

@@ -6,9 +6,13 @@ import asyncio
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import parse_qsl, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
+from imagecache.blockimage.keys import RealmKeys
+from imagecache.blockimage.seals import Seals
 from imagecache.build.pipeline import Builder, BuildSettings
 from imagecache.build.progress import BuildResult, Report
 from imagecache.build.spool import Spool, builder_lock
@@ -21,8 +25,10 @@ from imagecache.oci.platform import host_platform, parse_platform
 from imagecache.oci.reference import Reference, RegistryReference, parse_reference
 from imagecache.oci.settings import RegistrySettings
 from imagecache.oci.source import open_source
+from imagecache.realmsecrets import load_secrets
 from imagecache.settings import Settings
 from imagecache.store.open import OpenedStore, open_store
+from imagecache.store.sealed import SealedStore
 from imagecache.store.settings import StoreSettings
 
 
@@ -53,12 +59,45 @@ def alias_name(reference: Reference) -> AliasName:
     return AliasName(f"{scheme}:{reference.path}", reference.tag or "", text)
 
 
+async def open_realm(settings: Settings) -> OpenedStore:
+    """The configured store, sealed where secrets are configured; the caller closes it.
+
+    HTTP proxies are those of the environment (http_proxy, https_proxy, no_proxy).
+    """
+    source = settings.encryption.secrets
+    secrets = None
+    if source is not None:
+        secrets = await asyncio.to_thread(load_secrets, source, os.environ)
+    opened = open_store(
+        settings.store_url,
+        StoreSettings(
+            tier_url=settings.store.tier_url,
+            ca_file=Path(settings.store.ca_file) if settings.store.ca_file else None,
+            proxies=store_proxies(settings.store_url),
+        ),
+    )
+    if secrets is None:
+        return opened
+    seals = Seals(secrets)
+    sealed = SealedStore(opened.store, RealmKeys(settings.realm), seals)
+    return replace(opened, store=sealed, seals=seals)
+
+
+def store_proxies(store_url: str) -> dict[str, str]:
+    """The proxies of the environment by scheme, but for an endpoint that no_proxy names."""
+    endpoint = dict(parse_qsl(urlsplit(store_url).query)).get("endpoint", "")
+    host = urlsplit(endpoint).netloc
+    if host and proxy_bypass(host):
+        return {}
+    return {scheme: url for scheme, url in getproxies().items() if scheme in ("http", "https")}
+
+
 @asynccontextmanager
 async def opened_catalog(settings: Settings) -> AsyncIterator[tuple[OpenedStore, Catalog]]:
     """The configured store and the catalog of the configured realm."""
-    opened = open_store(settings.store_url, StoreSettings(tier_url=settings.store.tier_url))
+    opened = await open_realm(settings)
     try:
-        yield opened, Catalog(opened.store, settings.realm)
+        yield opened, Catalog(opened.store, settings.realm, opened.seals)
     finally:
         await opened.close()
 

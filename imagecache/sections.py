@@ -28,6 +28,12 @@ class CacheSection:
     fill_bytes_per_second: int = _setting(
         0, "Bound of each background fill; 0: none. For exports made later.", reload=True
     )
+    read_ahead: bool = _setting(
+        True, "Fetch ahead of reads that go forward through files.", reload=True
+    )
+    overlay_bytes: int = _setting(
+        10 << 30, "What one writable export may hold; more is ENOSPC. 0: no bound.", reload=True
+    )
     stall_seconds: float = _setting(30.0, "A read that waited so long is answered with EIO.")
 
 
@@ -36,6 +42,19 @@ class StoreSection:
     """[store]: how the bucket is reached."""
 
     tier_url: str | None = _setting(None, "An HTTP cache in front of the store, by its base URL.")
+    ca_file: str | None = _setting(
+        None,
+        "Certificates that store and tier are checked against, not the system's.",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class EncryptionSection:
+    """[encryption]: whether the realm is sealed; chosen at its birth."""
+
+    secrets: str | None = _setting(
+        None, "The realm's secrets: file:PATH, env:NAME or command:PROGRAM; unset: in the clear."
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from imagecache.sections import (
     ApiSection,
     BuildSection,
     CacheSection,
+    EncryptionSection,
     LogSection,
     NbdSection,
     PreloadSection,
@@ -37,6 +38,7 @@ __all__ = [
     "ApiSection",
     "BuildSection",
     "CacheSection",
+    "EncryptionSection",
     "LogSection",
     "NbdSection",
     "PreloadSection",
@@ -73,6 +75,7 @@ class Settings:
     config_file: Path | None = None
     cache: CacheSection = field(default_factory=CacheSection)
     store: StoreSection = field(default_factory=StoreSection)
+    encryption: EncryptionSection = field(default_factory=EncryptionSection)
     registry: RegistrySection = field(default_factory=RegistrySection)
     build: BuildSection = field(default_factory=BuildSection)
     preload: PreloadSection = field(default_factory=PreloadSection)
@@ -138,6 +141,7 @@ class Setting:
 _SECTIONS: dict[str, Any] = {
     "cache": CacheSection,
     "store": StoreSection,
+    "encryption": EncryptionSection,
     "registry": RegistrySection,
     "build": BuildSection,
     "preload": PreloadSection,

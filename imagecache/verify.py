@@ -89,7 +89,8 @@ class Verifier:
             digest = self._manifest.chunks.digest(ordinal)
             length = self._manifest.chunks.sizes[ordinal] * BLOCK
             try:
-                intact = chunk_digest(decode_chunk(place.codec, stored, length)) == digest
+                opened = self._catalog.seals.open_chunk(place.key_id, digest, stored)
+                intact = chunk_digest(decode_chunk(place.codec, opened, length)) == digest
             except Corrupt:
                 intact = False
             if not intact:

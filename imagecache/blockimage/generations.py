@@ -13,9 +13,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 
-from imagecache.errors import Unsupported
+from imagecache.errors import Denied, Unsupported
 
 _MARKER = re.compile(r"(\d{8})\.([a-z]+)\.json")
+SEALED = "sealed.json"
+"""Stands among the markers of a sealed realm, so that nobody takes it for one in the clear."""
 
 
 class State(IntEnum):
@@ -59,11 +61,17 @@ class Generation:
 def parse_generations(prefix: str, markers: Iterable[tuple[str, float]]) -> list[Generation]:
     """The generations behind (key, modified) of all markers, by number.
 
-    Raises Unsupported for a marker that this version does not know: guessing would be deleting.
+    Raises Unsupported for a marker that this version does not know: guessing would be deleting;
+    and Denied where the realm is sealed and the caller has not got its secrets.
     """
     words = {state.word: state for state in State}
     found: dict[int, dict[State, float]] = {}
     for key, modified in markers:
+        if key == f"{prefix}{SEALED}":
+            raise Denied(
+                f"the realm of {prefix} is sealed and no secrets are configured",
+                remedy="set [encryption] secrets to where its secrets are",
+            )
         name = _MARKER.fullmatch(key.removeprefix(prefix))
         if name is None or name[2] not in words:
             raise Unsupported(f"generation marker {key} is unknown", remedy="upgrade cubecache")

@@ -9,7 +9,7 @@ from typing import Literal
 
 from blake3 import blake3
 
-from imagecache.blockimage.generations import State
+from imagecache.blockimage.generations import SEALED, State
 from imagecache.blockimage.locations import split_pack_name
 from imagecache.blockimage.manifest import Face
 from imagecache.errors import UsageError
@@ -74,6 +74,11 @@ class RealmKeys:
     def generations(self) -> str:
         """The prefix of the states of all generations."""
         return f"{self.prefix}generations/"
+
+    @property
+    def sealed_realm(self) -> str:
+        """Which secrets the realm is sealed with, by their checks; only a sealed realm has it."""
+        return f"{self.generations}{SEALED}"
 
     @property
     def clock(self) -> str:

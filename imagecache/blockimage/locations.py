@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from imagecache.blockimage.extents import MAX_CHUNKS, packed, unpacked
-from imagecache.chunks import MAX_CHUNK_BYTES
+from imagecache.chunks import MAX_STORED_BYTES
 from imagecache.errors import Corrupt, Unsupported
 
 MAGIC = b"CCLOCAT1"
@@ -130,7 +130,7 @@ class LocationTable:
         )
         if count and (
             max(table.pack_ordinals) >= pack_count
-            or not 0 < min(table.stored_lengths) <= max(table.stored_lengths) <= MAX_CHUNK_BYTES
+            or not 0 < min(table.stored_lengths) <= max(table.stored_lengths) <= MAX_STORED_BYTES
         ):
             raise Corrupt("a location table names a pack or length outside the format")
         return table

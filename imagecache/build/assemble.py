@@ -16,6 +16,7 @@ from imagecache.blockimage.extents import PieceBuilder
 from imagecache.blockimage.layerindex import LayerIndex
 from imagecache.blockimage.locations import LocationTable
 from imagecache.blockimage.manifest import BlockManifest, Face, PlacedLayer
+from imagecache.blockimage.seals import PackKey
 from imagecache.build.chunksink import ChunkSink, FinishedPack
 from imagecache.build.known import KnownChunks
 from imagecache.chunks import BLOCK, MAX_CHUNK_BYTES
@@ -49,6 +50,7 @@ def assemble(
     limits: Limits,
     level: int,
     generation: int,
+    pack_key: PackKey | None = None,
 ) -> AssembledImage:
     """Assembles the image of `layers`, bottom first, each with its index's digest.
 
@@ -60,7 +62,13 @@ def assemble(
     plan = region.plan
     # A metadata region is few chunks, each read by itself: a run of one is long enough.
     sink = ChunkSink(
-        directory, known, announce, generation=generation, level=level, least_run_bytes=0
+        directory,
+        known,
+        announce,
+        generation=generation,
+        level=level,
+        least_run_bytes=0,
+        pack_key=pack_key,
     )
     laid = []
     for section in region.sections:

@@ -12,6 +12,7 @@ from typing import BinaryIO
 
 from imagecache.blockimage.extents import ChunkList
 from imagecache.blockimage.locations import Location, pack_name
+from imagecache.blockimage.seals import NO_KEY, PackKey
 from imagecache.build.known import KnownChunks
 from imagecache.build.reuse import LEAST_RUN_BYTES, ReuseRuns
 from imagecache.chunks import BLOCK, chunk_digest
@@ -58,7 +59,11 @@ class ChunkSink:
         generation: int = 1,
         level: int = DEFAULT_LEVEL,
         least_run_bytes: int = LEAST_RUN_BYTES,
+        pack_key: PackKey | None = None,
     ) -> None:
+        """`pack_key` seals what is stored; None: packs are written in the clear."""
+        self._pack_key = pack_key
+        self._key_id = pack_key.key_id if pack_key is not None else NO_KEY
         self.digests: list[bytes] = []
         self.new_chunks = 0
         self.stored_bytes = 0
@@ -94,6 +99,8 @@ class ChunkSink:
         if encoder is None:
             encoder = self._local.encoder = ChunkEncoder(self._level)
         codec, stored = encoder.encode(chunk.plaintext)
+        if self._pack_key is not None:
+            stored = self._pack_key.seal_chunk(chunk.digest, stored)
         return _Hashed(chunk.digest, chunk.plaintext, codec, stored)
 
     def _drain_one(self) -> None:
@@ -118,13 +125,19 @@ class ChunkSink:
 
     def _store(self, chunk: _Hashed) -> None:
         if self._writer is None or self._file is None:
-            self._writer = PackWriter()
+            self._writer = PackWriter(self._pack_key)
             self._file = (self._directory / f"pack-{len(self._pack_names):05d}").open("wb")
             self._file.write(self._writer.start())
         offset = self._writer.length
         blocks = len(chunk.plaintext) // BLOCK
         self._file.write(
-            self._writer.add(chunk.digest, chunk.stored, blocks=blocks, codec=chunk.codec)
+            self._writer.add(
+                chunk.digest,
+                chunk.stored,
+                blocks=blocks,
+                codec=chunk.codec,
+                key_id=self._key_id,
+            )
         )
         place = (len(self._pack_names), offset, len(chunk.stored), chunk.codec)
         self._places[chunk.digest] = place
@@ -161,5 +174,5 @@ class ChunkSink:
         place = self._places.get(digest)
         if place is not None:
             pack, offset, length, codec = place
-            return Location(self._pack_names[pack], offset, length, codec, 0)
+            return Location(self._pack_names[pack], offset, length, codec, self._key_id)
         return self._known.image.get(digest) or self._runs.reused[digest]

@@ -17,6 +17,7 @@ from blake3 import blake3
 from imagecache.blockimage.extents import PieceBuilder
 from imagecache.blockimage.layerindex import LayerIndex
 from imagecache.blockimage.locations import LocationTable
+from imagecache.blockimage.seals import PackKey
 from imagecache.build.chunksink import ChunkSink, FinishedPack
 from imagecache.build.hashing import ThreadedHash
 from imagecache.build.known import KnownChunks
@@ -58,13 +59,16 @@ class LayerConverter:
         limits: Limits,
         level: int,
         generation: int = 1,
+        pack_key: PackKey | None = None,
         rule: CutRule = FORMAT_CUT_RULE,
     ) -> None:
         """Any other rule than the format's is for measuring: what it makes is no block image."""
         self._rule = rule
         self._limits = limits
         self._progress = progress
-        self._sink = ChunkSink(directory, known, announce, generation=generation, level=level)
+        self._sink = ChunkSink(
+            directory, known, announce, generation=generation, level=level, pack_key=pack_key
+        )
         self._builder = FileTableBuilder(limits)
         self._spool_path = directory / "small"
         self._spool_at = array("q")  # by content id; -1 where nothing waits in the spool

@@ -116,6 +116,7 @@ class BuildJob:
                     self.times,
                     generation=self.generation,
                     tasks=tasks,
+                    pack_key=self.catalog.seals.pack_key,
                 )
                 try:
                     if missing:

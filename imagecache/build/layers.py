@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from imagecache.blockimage.keys import SealedKind
+from imagecache.blockimage.seals import PackKey
 from imagecache.build.downloads import Download
 from imagecache.build.output import BuildOutput
 from imagecache.build.progress import Progress, Report, Stage, StageTimes
@@ -61,8 +62,13 @@ class LayerWork:
         *,
         generation: int,
         tasks: asyncio.TaskGroup,
+        pack_key: PackKey | None = None,
     ) -> None:
-        """The caller closes `worker`; stores of finished layers are `tasks`."""
+        """The caller closes `worker`; stores of finished layers are `tasks`.
+
+        The worker is given `pack_key` and no other secret.
+        """
+        self._pack_key = pack_key
         self.worker = Worker()
         self.new_chunks = 0
         self._spool = spool
@@ -163,6 +169,7 @@ class LayerWork:
             "level": settings.level,
             "memory_bytes": settings.worker_memory_bytes,
             "generation": self._generation,
+            "pack_key": self._pack_key.as_json() if self._pack_key is not None else None,
         }
         packs: list[asyncio.Task[None]] = []
         events = self.worker.run(job, deadline_seconds=settings.deadline_seconds)

@@ -22,6 +22,7 @@ from blake3 import blake3
 
 from imagecache.blockimage.layerindex import LayerIndex
 from imagecache.blockimage.manifest import Face
+from imagecache.blockimage.seals import PackKey
 from imagecache.build.assemble import assemble
 from imagecache.build.chunksink import FinishedPack
 from imagecache.build.convert import LayerConverter
@@ -59,6 +60,7 @@ def run_layer(job: dict[str, Any]) -> dict[str, Any]:
         limits=_limits(job),
         level=job["level"],
         generation=job["generation"],
+        pack_key=_pack_key(job),
     )
     with open_blob(Path(job["blob"]), job["blob_bytes"]) as blob:
         result = converter.convert(blob, job["diff_id"])
@@ -94,6 +96,7 @@ def run_image(job: dict[str, Any]) -> dict[str, Any]:
         limits=_limits(job),
         level=job["level"],
         generation=job["generation"],
+        pack_key=_pack_key(job),
     )
     (directory / "manifest").write_bytes(result.manifest)
     (directory / "locations").write_bytes(result.locations)
@@ -102,6 +105,11 @@ def run_image(job: dict[str, Any]) -> dict[str, Any]:
 
 def _pairs(paths: list[list[str]]) -> list[tuple[Path, Path]]:
     return [(Path(subject), Path(table)) for subject, table in paths]
+
+
+def _pack_key(job: dict[str, Any]) -> PackKey | None:
+    fields = job.get("pack_key")
+    return None if fields is None else PackKey.from_json(fields)
 
 
 def _limits(job: dict[str, Any]) -> Limits:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from imagecache.blockimage.locations import Location
+from imagecache.blockimage.seals import NO_SEALS, Seals
 from imagecache.chunks import chunk_digest
 from imagecache.chunks.codec import decode_chunk
 from imagecache.errors import Corrupt
@@ -18,12 +19,13 @@ class Wanted:
     location: Location
     length: int
     digest: bytes
+    seals: Seals = NO_SEALS
 
 
 def decode_all(body: bytes, offset: int, wanted: Sequence[Wanted]) -> list[bytes | Corrupt]:
     """The plaintext of each wanted chunk, or why it is not to be shown.
 
-    `body` are a pack's stored bytes from `offset` on.
+    `body` are a pack's stored bytes from `offset` on. Raises Denied without a chunk's secret.
     """
     view = memoryview(body)
     return [_decode(view, chunk.location.offset - offset, chunk) for chunk in wanted]
@@ -31,14 +33,10 @@ def decode_all(body: bytes, offset: int, wanted: Sequence[Wanted]) -> list[bytes
 
 def _decode(view: memoryview, at: int, chunk: Wanted) -> bytes | Corrupt:
     place = chunk.location
-    if place.key_id:
-        return Corrupt(
-            f"chunk {chunk.digest.hex()} is sealed with key {place.key_id}",
-            remedy="configure that key",
-        )
     try:
         stored = view[at : at + place.stored_length]
-        plaintext = decode_chunk(place.codec, stored, chunk.length)
+        opened = chunk.seals.open_chunk(place.key_id, chunk.digest, stored)
+        plaintext = decode_chunk(place.codec, opened, chunk.length)
     except Corrupt as error:
         return Corrupt(f"chunk {chunk.digest.hex()} in pack {place.pack.hex()}: {error.message}")
     if chunk_digest(plaintext) != chunk.digest:

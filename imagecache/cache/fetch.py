@@ -209,16 +209,18 @@ class Fetcher:
                 self._queues[flight.priority].pop(flight, None)
             flight.stream = None
             flight.land(plaintext)
-        for demanded in (True, False):
-            kept = [
-                (flight.digest, plaintext)
-                for flight, plaintext in chunks
-                if (flight.priority is Priority.DEMAND) is demanded
-            ]
-            if kept:
-                await self.arena.admit(kept, ahead=not demanded)
-        for flight, _ in chunks:
-            self._end(flight)
+        try:
+            for demanded in (True, False):
+                kept = [
+                    (flight.digest, plaintext)
+                    for flight, plaintext in chunks
+                    if (flight.priority is Priority.DEMAND) is demanded
+                ]
+                if kept:
+                    await self.arena.admit(kept, ahead=not demanded)
+        finally:  # a flight that landed ends, whatever becomes of the arena's copy
+            for flight, _ in chunks:
+                self._end(flight)
 
     async def _check(self, flight: Flight) -> None:
         """Compares a local copy with its digest; what is not right is fetched."""
@@ -315,8 +317,9 @@ class Fetcher:
     ) -> None:
         """Decodes and verifies some chunks of a body, wakes who waits, and writes them down."""
         wanted = [
-            Wanted(f.image.location(f.ordinal), f.image.length(f.ordinal), f.digest)
+            Wanted(i.location(f.ordinal), i.length(f.ordinal), f.digest, i.seals)
             for f in flights
+            for i in (f.image,)
         ]
         found = await self.decode(body, get.offset, wanted)
         wrong: list[tuple[Flight, Wanted, Corrupt]] = []

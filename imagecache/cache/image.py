@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 from imagecache.blockimage.locations import Location, LocationTable
 from imagecache.blockimage.manifest import BlockManifest
+from imagecache.blockimage.seals import NO_SEALS, Seals
 from imagecache.cache.slots import NO_SERIAL
 from imagecache.chunks import BLOCK, DIGEST_BYTES
 from imagecache.errors import Corrupt
@@ -27,12 +28,17 @@ class ImageMap:
     """
 
     def __init__(
-        self, manifest: BlockManifest, locations: LocationTable, pack_key: Callable[[bytes], str]
+        self,
+        manifest: BlockManifest,
+        locations: LocationTable,
+        pack_key: Callable[[bytes], str],
+        seals: Seals = NO_SEALS,
     ) -> None:
         """`pack_key` makes the store's key of a pack's name; Corrupt where the two disagree."""
         chunks, extents = manifest.chunks, manifest.extents
         if len(locations) != len(chunks):
             raise Corrupt(f"{len(locations)} locations for {len(chunks)} chunks of a block image")
+        self.seals = seals
         self.size_bytes = manifest.size_bytes
         self.metadata_bytes = manifest.metadata_blocks * BLOCK
         self.starts = array("Q", [start * BLOCK for start in extents.starts])

@@ -82,6 +82,7 @@ class BootStream:
         self._begin = self._last = 0.0
         self._first: float | None = None
         self._overtaken = 0
+        self._brought = 0
 
     # --- what a waiting read asks
 
@@ -114,7 +115,6 @@ class BootStream:
         missing = sum(self._chunks[index][1].stored_length for index in self._flights)
         here = len(self._chunks) - len(self._flights)
         error: str | None = None
-        brought = 0
         if not self._flights:
             return StreamOutcome(0, 0, here, 0, 0, 0.0, None, None)
         flights = list(self._flights.values())
@@ -129,7 +129,7 @@ class BootStream:
                 self._ends[flight] = place.offset + place.stored_length
             watch = loop.create_task(self._watch())
             try:
-                brought = await self._receive()
+                await self._receive()
             except CubecacheError as failure:
                 error = str(failure)
             finally:
@@ -137,11 +137,11 @@ class BootStream:
                 self._give_back()
         await self._fetcher.wait_kept(flights)
         return StreamOutcome(
-            chunks=brought,
+            chunks=self._brought,
             bytes=self._received,
             already_here=here,
             overtaken=self._overtaken,
-            left=len(flights) - brought,
+            left=len(flights) - self._brought,
             seconds=loop.time() - self._begin,
             first_byte_seconds=None if self._first is None else self._first - self._begin,
             error=error,
@@ -162,7 +162,7 @@ class BootStream:
                 if flight.priority is Priority.DEMAND and flight.stage is Stage.FETCHING:
                     self._fetcher.overtake_where_far(flight)
 
-    async def _receive(self) -> int:
+    async def _receive(self) -> None:
         first = min(self._flights)
         last = max(self._flights)
         start = self._chunks[first][1].offset
@@ -175,7 +175,6 @@ class BootStream:
         index = first
         ready: list[int] = []
         groups: deque[asyncio.Task[int]] = deque()
-        brought = 0
         pieces = self._streamer.stream(self._key, start, end - start)
         try:
             async with contextlib.aclosing(pieces):
@@ -196,15 +195,21 @@ class BootStream:
                         del buffer[: stop - at]
                         at = stop
                     while groups and (groups[0].done() or len(groups) > _DECODING_GROUPS):
-                        brought += await groups.popleft()
+                        self._brought += await groups.popleft()
             if ready:
                 groups.append(loop.create_task(self._land(bytes(buffer), at, ready)))
-            while groups:
-                brought += await groups.popleft()
+        except CubecacheError:
+            await self._settle(groups)  # what had come before the line broke is whole
+            raise
+        else:
+            await self._settle(groups)
         finally:
             for task in groups:
                 task.cancel()
-        return brought
+
+    async def _settle(self, groups: deque[asyncio.Task[int]]) -> None:
+        while groups:
+            self._brought += await groups.popleft()
 
     def _end_of(self, index: int) -> int:
         place = self._chunks[index][1]
@@ -222,7 +227,8 @@ class BootStream:
                     self._pack, place.offset, place.stored_length, place.codec, place.key_id
                 )
                 flights.append(flight)
-                wanted.append(Wanted(location, place.blocks * BLOCK, flight.digest))
+                size = place.blocks * BLOCK
+                wanted.append(Wanted(location, size, flight.digest, self._image.seals))
         if not flights:
             return 0
         found = await self._fetcher.decode(body, offset, wanted)

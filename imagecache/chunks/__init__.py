@@ -13,6 +13,10 @@ MAX_CHUNK_BLOCKS = 64
 """Blocks in the largest chunk (256 KiB); the arena's slots and every decoder's cap rest on it."""
 
 MAX_CHUNK_BYTES = MAX_CHUNK_BLOCKS * BLOCK
+SEAL_BYTES = 28
+"""What sealing adds to a stored chunk: a nonce of 12 and a tag of 16 bytes."""
+
+MAX_STORED_BYTES = MAX_CHUNK_BYTES + SEAL_BYTES
 DIGEST_BYTES = 32
 ZERO_BLOCK = bytes(BLOCK)
 

@@ -15,40 +15,35 @@ from pathlib import Path
 from typing import Any
 
 from imagecache.blockimage.keys import ImageKey
-from imagecache.blockimage.locations import LocationTable
-from imagecache.blockimage.manifest import MAX_LAYERS, BlockManifest
+from imagecache.blockimage.manifest import MAX_LAYERS
 from imagecache.blockimage.records import MAX_RECORD, RootRecord
 from imagecache.build.progress import BuildResult, Report
 from imagecache.build.spooled import SpooledPacks, SpoolReader
 from imagecache.cache.arena import Arena
-from imagecache.cache.device import open_device
 from imagecache.cache.fetch import Fetcher
-from imagecache.cache.fill import Fill, FillMode, default_mode
-from imagecache.cache.image import ImageMap
-from imagecache.cache.objects import ObjectCache
 from imagecache.cache.settings import ArenaSettings, FetchSettings, Integrity
-from imagecache.catalog import Catalog
 from imagecache.composition import (
     ImageRequest,
     alias_name,
     build_image,
+    open_realm,
     prepare_state_dir,
 )
+from imagecache.daemon.attachments import Attachments, ImageMaps
 from imagecache.daemon.exports import ExportView, LiveExport
 from imagecache.daemon.exporttable import ExportRecord, ExportTable
 from imagecache.daemon.firststart import FirstStarts
 from imagecache.daemon.holding import ExportHolding
+from imagecache.daemon.listening import Sockets
 from imagecache.daemon.recording import ExportStart, StartKeeper
 from imagecache.errors import Busy, CubecacheError, NotFound, Unavailable, UsageError
 from imagecache.facechoice import FaceChoice
 from imagecache.leases.pins import pin
 from imagecache.oci.config import parse_config
 from imagecache.oci.reference import parse_reference
-from imagecache.profile.prepare import ImageNames, prepare_quietly
-from imagecache.profile.starts import KnownStart
+from imagecache.profile.prepare import prepare_quietly
 from imagecache.settings import FILLS, Settings
-from imagecache.store.open import OpenedStore, open_store
-from imagecache.store.settings import StoreSettings
+from imagecache.store.opened import OpenedStore
 from nbdserver.limits import Limits
 from nbdserver.server import Server
 from preload.jobs import Job, JobQueue
@@ -69,17 +64,27 @@ class ExportRequest:
     fill: str | None = None
     record: bool = False
     owner: str = ""
+    writable: bool = False
 
 
 class Service:
     """One host's daemon. `open`, then serve until `close`."""
 
-    def __init__(self, settings: Settings, opened: OpenedStore, arena: Arena) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        opened: OpenedStore,
+        arena: Arena,
+        *,
+        maps: ImageMaps | None = None,
+        passed: list[socket.socket] | None = None,
+    ) -> None:
+        """Wires; nothing is read or served yet. `passed` are a service manager's sockets."""
         self.settings = settings
         self.opened = opened
         self.arena = arena
-        self.catalog = Catalog(opened.store, settings.realm)
-        self.objects = ObjectCache(settings.state_dir / "objects", opened.store)
+        maps = maps or ImageMaps.of(settings, opened)
+        self.catalog, self.objects = maps.catalog, maps.objects
         self.packs = SpooledPacks(settings.state_dir / "spool" / "unstored")
         self.fetcher = Fetcher(
             SpoolReader(opened.reader, self.packs),
@@ -108,8 +113,19 @@ class Service:
         self.started = time.time()
         self._table = ExportTable(settings.state_dir / "exports.db")
         self._live: dict[str, LiveExport] = {}
-        self._images: dict[str, ImageMap] = {}
-        self._changing = asyncio.Lock()
+        self.changing = asyncio.Lock()  # held while exports change, or move to another process
+        self.passed_on = False  # a successor has the clients
+        self.sockets = Sockets(self.nbd, passed)
+        self.attachments = Attachments(
+            settings=lambda: self.settings,
+            maps=maps,
+            arena=arena,
+            fetcher=self.fetcher,
+            starts=self.starts,
+            nbd=self.nbd,
+            sockets=self.sockets,
+            live=self._live,
+        )
         self.holding = ExportHolding(self.catalog, self.objects, self._live, self._keep)
         self.firsts = FirstStarts(
             self.packs, self.objects, self.catalog.keys, self._live, self._keep
@@ -119,21 +135,16 @@ class Service:
         await asyncio.to_thread(self._table.save, record)
 
     @classmethod
-    async def open(cls, settings: Settings) -> Service:
+    async def open(cls, settings: Settings, passed: list[socket.socket] | None = None) -> Service:
         """Wires everything and restores the exports; sockets listen after that.
 
-        Raises Busy where another daemon holds the state directory.
+        `passed` are a service manager's sockets. Raises Busy where another daemon holds the state
+        directory.
         """
         await asyncio.to_thread(prepare_state_dir, settings)
-        arena = await Arena.open(
-            settings.state_dir / "arena",
-            ArenaSettings(
-                budget_bytes=settings.cache.budget_bytes,
-                integrity=Integrity(settings.cache.integrity),
-            ),
-        )
-        opened = open_store(settings.store_url, StoreSettings(tier_url=settings.store.tier_url))
-        service = cls(settings, opened, arena)
+        arena = await Arena.open(settings.state_dir / "arena", arena_settings(settings))
+        opened = await open_realm(settings)
+        service = cls(settings, opened, arena, passed=passed)
         try:
             await service._start()
         except BaseException:
@@ -143,36 +154,41 @@ class Service:
 
     async def _start(self) -> None:
         await asyncio.to_thread(self.packs.clear)
-        for record in await asyncio.to_thread(self._table.load):
-            export = LiveExport(record, self.settings.nbd_socket)
-            self._live[record.name] = export
+        for record in await self.kept():
+            export = self.restored(record)
             try:
                 try:
-                    await self._attach(export)
+                    await self.attachments.attach(export)
                 except NotFound:
                     await self.holding.relocate(export)  # collected from while we were away
-                    await self._attach(export)
+                    await self.attachments.attach(export)
             except CubecacheError as error:
                 export.failure = str(error)
                 logger.warning("export %s cannot be restored: %s", record.name, error)
-        self._listen(self.settings.nbd_socket, ExportView(self._live))
+        self.sockets.listen_unix(self.settings.nbd_socket, self.shared_view)
         if self.settings.nbd.tcp:
-            host, _, port = self.settings.nbd.tcp.rpartition(":")
-            try:
-                self.nbd.listen_tcp(host.strip("[]"), int(port), ExportView(self._live))
-            except (OSError, OverflowError) as error:
-                raise Unavailable(f"cannot listen on {self.settings.nbd.tcp}: {error}") from error
+            self.sockets.listen_tcp(self.settings.nbd.tcp, self.shared_view)
         await self.jobs.start()
         self.holding.start()
         self.ready = True
 
-    def _listen(self, path: Path, view: ExportView) -> Any:
-        if len(str(path).encode()) > 107:
-            raise UsageError(f"socket path {path} is longer than 107 bytes")
-        try:
-            return self.nbd.listen_unix(path, view)
-        except OSError as error:
-            raise Unavailable(f"cannot listen on {path}: {error.strerror or error}") from error
+    async def kept(self) -> list[ExportRecord]:
+        """The exports that are kept across restarts."""
+        return await asyncio.to_thread(self._table.load)
+
+    @property
+    def shared_view(self) -> ExportView:
+        """What the clients of the shared sockets may name."""
+        return ExportView(self._live)
+
+    def view_of(self, name: str) -> ExportView:
+        """What the clients of an export's own socket may name."""
+        return ExportView(self._live, name)
+
+    def restored(self, record: ExportRecord) -> LiveExport:
+        """A kept export, known and not served yet."""
+        export = self._live[record.name] = LiveExport(record, self.settings.nbd_socket)
+        return export
 
     async def _build(self, job: Job, report: Report) -> BuildResult:
         request = job.request
@@ -215,16 +231,20 @@ class Service:
                 raise
             root = first.root
         name = request.name or export_name(request.image.reference, root, request.socket)
+        if request.writable and not request.name:
+            name += "-rw"
         if request.owner:
             name = f"{request.owner}.{name}"  # so that owners cannot meet in a name
-        async with self._changing:
+        async with self.changing:
+            self._check_here()
             there = self._live.get(name)
             if there is not None:
                 return await self._again(there, root, request)
             # All of these are round trips to the store: side by side.
             known = self.starts.look_up(request.image.reference, root)
             config, _ = await asyncio.gather(
-                self._run_config(root, first.config if first else None), self._image(root)
+                self._run_config(root, first.config if first else None),
+                self.attachments.maps.get(root),
             )
             record = ExportRecord(
                 name=name,
@@ -240,9 +260,10 @@ class Service:
                 socket=request.socket,
                 fill=request.fill or self.settings.cache.fill,
                 owner=request.owner,
+                writable=int(request.writable),
             )
             export = LiveExport(record, self.settings.nbd_socket, stored=first is None)
-            await self._attach(export, recording=request.record, known=known)
+            await self.attachments.attach(export, recording=request.record, known=known)
             if first is None:
                 await asyncio.to_thread(self._table.save, record)
             self._live[name] = export
@@ -265,14 +286,14 @@ class Service:
         self, there: LiveExport, root: RootRecord, request: ExportRequest
     ) -> LiveExport:
         record = there.record
-        same = (root.block_image, request.socket, request.owner)
-        if (record.block_image, record.socket, record.owner or "") != same:
+        same = (root.block_image, request.socket, request.owner, int(request.writable))
+        if (record.block_image, record.socket, record.owner or "", record.writable) != same:
             raise Busy(
-                f"export {record.name} is of another image or on another socket",
+                f"export {record.name} is of another image, on another socket or not as writable",
                 remedy=f"cubecache unexport {record.name}, or choose another --name",
             )
         if there.device is None:
-            await self._attach(there, recording=request.record)
+            await self.attachments.attach(there, recording=request.record)
         elif request.record and there.start is not None:
             there.start.record(None)
         return there
@@ -301,61 +322,6 @@ class Service:
             }
         )
 
-    async def _attach(
-        self,
-        export: LiveExport,
-        *,
-        recording: bool = False,
-        known: asyncio.Task[KnownStart | None] | None = None,
-    ) -> None:
-        """Opens the device, its socket and its fill; leaves nothing behind where it raises."""
-        record = export.record
-        image = await self._image(record)
-        export.image = image
-        export.device = open_device(
-            image, self.arena, self.fetcher, description=f"{record.reference} {record.image}"
-        )
-        if record.socket is not None and export.listener is None:
-            try:
-                view = ExportView(self._live, record.name)
-                export.listener = self._listen(Path(record.socket), view)
-            except CubecacheError:
-                await export.device.close()
-                export.device = None
-                raise
-        mode = FillMode(record.fill) if record.fill else default_mode(image, self.arena)
-        export.fill = Fill(
-            image,
-            self.fetcher,
-            mode=mode,
-            bytes_per_second=self.settings.cache.fill_bytes_per_second,
-        )
-        export.start = self.starts.begin(
-            record, image, export.fill, known=known, recording=recording
-        )
-        export.start.watch_device(export.device)
-        export.failure = None
-
-    async def _image(self, record: ImageNames) -> ImageMap:
-        image = self._images.get(record.block_image)
-        if image is None:
-            name, table = bytes.fromhex(record.block_image), bytes.fromhex(record.locations)
-            keys, generation = self.catalog.keys, record.generation
-            manifest, locations = await asyncio.gather(
-                self.objects.get(keys.sealed("manifests", name, generation), name),
-                self.objects.get(keys.sealed("locations", table, generation), table),
-            )
-            image = await asyncio.to_thread(
-                lambda: ImageMap(
-                    BlockManifest.decode(manifest),
-                    LocationTable.decode(locations),
-                    self.catalog.keys.pack,
-                    self.catalog.seals,
-                )
-            )
-            self._images[record.block_image] = image
-        return image
-
     def start_of(self, name: str) -> ExportStart:
         """What is known of one export's start; NotFound."""
         export = self._live.get(name)
@@ -365,7 +331,8 @@ class Service:
 
     async def unexport(self, name: str, *, force: bool) -> None:
         """Ends an export; Busy while a client is attached, unless forced."""
-        async with self._changing:
+        async with self.changing:
+            self._check_here()
             export = self._live.get(name)
             if export is None:
                 raise NotFound(f"no export {name!r}", remedy="cubecache exports")
@@ -375,28 +342,17 @@ class Service:
                     remedy="detach them, or unexport --force",
                 )
             export.closing = True
-            await self._detach(export)
+            await self.attachments.detach(export, forget=True)
             await asyncio.to_thread(self._table.drop, name)
             del self._live[name]
             self.holding.changed()
             if not any(x.record.block_image == export.record.block_image for x in self.exports()):
-                self._images.pop(export.record.block_image, None)
+                self.attachments.maps.forget(export.record.block_image)
             await self.firsts.release()
 
-    async def _detach(self, export: LiveExport) -> None:
-        if export.listener is not None:
-            self.nbd.stop_listening(export.listener)
-            export.listener = None
-        if export.device is not None:
-            await self.nbd.withdraw(export.device)
-        if export.start is not None:
-            await export.start.close()
-            export.start = None
-        if export.fill is not None:
-            await export.fill.stop()
-        if export.device is not None:
-            await export.device.close()
-            export.device = None
+    def _check_here(self) -> None:
+        if self.passed_on:
+            raise Unavailable("the daemon is being upgraded", remedy="ask again")
 
     # --- the whole ---
 
@@ -419,12 +375,20 @@ class Service:
         for export in self._live.values():
             export.listener = None  # closed by the drain
             with contextlib.suppress(CubecacheError):
-                await self._detach(export)
-        await self.holding.close()
+                await self.attachments.detach(export)
+        await self.holding.close(keep=self.passed_on)
         await self.fetcher.close()
         await self.arena.close()
         await self.objects.close()
         await self.opened.close()
+
+
+def arena_settings(settings: Settings) -> ArenaSettings:
+    """How the host's arena is opened."""
+    return ArenaSettings(
+        budget_bytes=settings.cache.budget_bytes,
+        integrity=Integrity(settings.cache.integrity),
+    )
 
 
 def export_name(reference: str, root: RootRecord, own_socket: str | None) -> str:

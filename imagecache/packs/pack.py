@@ -7,14 +7,15 @@ from dataclasses import dataclass
 
 from blake3 import blake3
 
-from imagecache.chunks import DIGEST_BYTES, MAX_CHUNK_BLOCKS, MAX_CHUNK_BYTES
+from imagecache.blockimage.seals import MAX_KEY_ID, NO_KEY, NO_SEALS, PackKey, Seals
+from imagecache.chunks import DIGEST_BYTES, MAX_CHUNK_BLOCKS, MAX_STORED_BYTES, SEAL_BYTES
 from imagecache.errors import Corrupt
 
 MAGIC = b"CCPACK01"
 TRAILER_MAGIC = b"CCPACKT1"
 HEADER = MAGIC
 TABLE_ENTRY = struct.Struct("<32sIIHBB")  # digest, offset, stored length, blocks, codec, key id
-TRAILER = struct.Struct("<II8s")  # entries, reserved (0), magic
+TRAILER = struct.Struct("<II8s")  # entries, key id of the table, magic
 TARGET_BYTES = 32 << 20
 MAX_BYTES = 256 << 20
 MAX_ENTRIES = 1 << 18
@@ -35,7 +36,9 @@ class PackedChunk:
 class PackWriter:
     """Builds one pack: every call returns the bytes to append to the object, in order."""
 
-    def __init__(self) -> None:
+    def __init__(self, pack_key: PackKey | None = None) -> None:
+        """`pack_key` seals the table; chunks come sealed or in the clear, as `key_id` says."""
+        self._pack_key = pack_key
         self._entries: list[PackedChunk] = []
         self._length = 0
         self._hasher = blake3()
@@ -54,9 +57,11 @@ class PackWriter:
         """The pack's header."""
         return self._emit(HEADER)
 
-    def add(self, digest: bytes, stored: bytes, *, blocks: int, codec: int) -> bytes:
+    def add(
+        self, digest: bytes, stored: bytes, *, blocks: int, codec: int, key_id: int = NO_KEY
+    ) -> bytes:
         """Appends one encoded chunk."""
-        self._entries.append(PackedChunk(digest, self._length, len(stored), blocks, codec, 0))
+        self._entries.append(PackedChunk(digest, self._length, len(stored), blocks, codec, key_id))
         return self._emit(stored)
 
     def is_full(self) -> bool:
@@ -69,7 +74,10 @@ class PackWriter:
             TABLE_ENTRY.pack(e.digest, e.offset, e.stored_length, e.blocks, e.codec, e.key_id)
             for e in self._entries
         )
-        tail = self._emit(table + TRAILER.pack(len(self._entries), 0, TRAILER_MAGIC))
+        key_id = NO_KEY
+        if self._pack_key is not None:
+            key_id, table = self._pack_key.key_id, self._pack_key.seal_table(table)
+        tail = self._emit(table + TRAILER.pack(len(self._entries), key_id, TRAILER_MAGIC))
         return tail, self._hasher.digest()
 
     def _emit(self, piece: bytes) -> bytes:
@@ -78,29 +86,48 @@ class PackWriter:
         return piece
 
 
-def read_trailer(trailer: bytes, pack_length: int) -> int:
-    """The number of table entries that a pack's last `TRAILER.size` bytes announce."""
+@dataclass(frozen=True, slots=True)
+class PackTrailer:
+    """The end of a pack: how many rows its table has, and the key id that the table is under."""
+
+    entries: int
+    key_id: int
+
+    @property
+    def table_bytes(self) -> int:
+        """Stored bytes of the table, which stand right before the trailer."""
+        return self.entries * TABLE_ENTRY.size + (SEAL_BYTES if self.key_id != NO_KEY else 0)
+
+
+def read_trailer(trailer: bytes, pack_length: int) -> PackTrailer:
+    """What a pack's last `TRAILER.size` bytes announce; Corrupt."""
     if len(trailer) != TRAILER.size:
         raise Corrupt("a pack is shorter than its trailer")
-    entries, reserved, magic = TRAILER.unpack(trailer)
-    table_bytes = entries * TABLE_ENTRY.size
-    if magic != TRAILER_MAGIC or reserved or entries > MAX_ENTRIES:
+    entries, key_id, magic = TRAILER.unpack(trailer)
+    if magic != TRAILER_MAGIC or key_id > MAX_KEY_ID or entries > MAX_ENTRIES:
         raise Corrupt("a pack's trailer is damaged")
-    if len(HEADER) + table_bytes + TRAILER.size > pack_length:
+    found = PackTrailer(entries, key_id)
+    if len(HEADER) + found.table_bytes + TRAILER.size > pack_length:
         raise Corrupt("a pack's table is longer than the pack")
-    return int(entries)
+    return found
 
 
-def read_table(table: bytes, pack_length: int) -> tuple[PackedChunk, ...]:
-    """The rows of a pack's table; raises Corrupt for a row that leaves the pack's data."""
+def read_table(
+    table: bytes, pack_length: int, key_id: int = NO_KEY, seals: Seals = NO_SEALS
+) -> tuple[PackedChunk, ...]:
+    """The rows of a pack's stored table.
+
+    Raises Corrupt for a row that leaves the pack's data or a broken seal, Denied without the secret.
+    """
+    data_end = pack_length - len(table) - TRAILER.size
+    table = seals.open_table(key_id, table)
     if len(table) % TABLE_ENTRY.size:
         raise Corrupt("a pack's table has a torn row")
-    data_end = pack_length - len(table) - TRAILER.size
     rows = tuple(PackedChunk(*row) for row in TABLE_ENTRY.iter_unpack(table))
     for row in rows:
         inside = len(HEADER) <= row.offset and row.offset + row.stored_length <= data_end
         if not inside or not 0 < row.blocks <= MAX_CHUNK_BLOCKS:
             raise Corrupt("a pack's table names bytes outside the pack")
-        if not 0 < row.stored_length <= MAX_CHUNK_BYTES or len(row.digest) != DIGEST_BYTES:
+        if not 0 < row.stored_length <= MAX_STORED_BYTES or len(row.digest) != DIGEST_BYTES:
             raise Corrupt("a pack's table names a chunk outside the format")
     return rows

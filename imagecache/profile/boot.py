@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
-from imagecache.chunks import DIGEST_BYTES, MAX_CHUNK_BLOCKS, MAX_CHUNK_BYTES
+from imagecache.chunks import DIGEST_BYTES, MAX_CHUNK_BLOCKS, MAX_STORED_BYTES
 from imagecache.errors import Corrupt, Unsupported
 from imagecache.packs.pack import HEADER as PACK_HEADER
 from imagecache.packs.pack import TABLE_ENTRY, PackedChunk
@@ -78,11 +78,11 @@ class BootTable:
         entries = tuple(PackedChunk(*row) for row in rows)
         at = len(PACK_HEADER)
         for entry in entries:
-            if entry.offset != at or not 0 < entry.stored_length <= MAX_CHUNK_BYTES:
+            if entry.offset != at or not 0 < entry.stored_length <= MAX_STORED_BYTES:
                 raise Corrupt("a boot table's chunks do not follow each other")
             if not 0 < entry.blocks <= MAX_CHUNK_BLOCKS or len(entry.digest) != DIGEST_BYTES:
                 raise Corrupt("a boot table names a chunk outside the format")
             at += entry.stored_length
-        if at > min(length, MAX_BOOT_BYTES + MAX_CHUNK_BYTES):
+        if at > min(length, MAX_BOOT_BYTES + MAX_STORED_BYTES):
             raise Corrupt("a boot table names more bytes than its pack has, or over the cap")
         return cls(block_image, profile, pack, length, entries)

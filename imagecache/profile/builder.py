@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from imagecache.blockimage.keys import RealmKeys
+from imagecache.blockimage.seals import NO_KEY, PackKey
 from imagecache.cache.decode import Wanted, decode_all
 from imagecache.cache.image import ImageMap
 from imagecache.cache.plan import plan_gets
@@ -33,6 +34,7 @@ class _Encoded:
     blocks: int
     codec: int
     stored: bytes
+    key_id: int
 
 
 class BootBuilder:
@@ -46,8 +48,10 @@ class BootBuilder:
         *,
         scratch: Path,
         local: Local | None = None,
+        pack_key: PackKey | None = None,
     ) -> None:
         """`scratch` is a directory for the pack while it is written; `local` saves GETs."""
+        self._pack_key = pack_key
         self._store = store
         self._reader = reader
         self._keys = keys
@@ -70,7 +74,7 @@ class BootBuilder:
         chosen = list(_fitting(image, ordinals))
         if not chosen:
             return None
-        writer = PackWriter()
+        writer = PackWriter(self._pack_key)
         await asyncio.to_thread(self._scratch.mkdir, parents=True, exist_ok=True)
         folder = await asyncio.to_thread(tempfile.mkdtemp, dir=self._scratch, prefix="boot-")
         path = Path(folder) / "pack"
@@ -79,7 +83,8 @@ class BootBuilder:
             for at in range(0, len(chosen), _STEP):
                 group = await self._encoded(image, chosen[at : at + _STEP])
                 body = b"".join(
-                    writer.add(x.digest, x.stored, blocks=x.blocks, codec=x.codec) for x in group
+                    writer.add(x.digest, x.stored, blocks=x.blocks, codec=x.codec, key_id=x.key_id)
+                    for x in group
                 )
                 await asyncio.to_thread(_append, path, body)
             tail, name = writer.finish()
@@ -98,14 +103,16 @@ class BootBuilder:
             if plaintext is None:
                 missing.append(ordinal)
                 continue
-            codec, stored = await asyncio.to_thread(ChunkEncoder().encode, plaintext)
-            found[ordinal] = _Encoded(digest, len(plaintext) // BLOCK, int(codec), stored)
+            found[ordinal] = await asyncio.to_thread(self._sealed, digest, plaintext)
         places = [image.location(ordinal) for ordinal in missing]
         for get in plan_gets(places, max_bytes=_MAX_GET, max_gap=_MAX_GAP):
             key = image.pack_key(get.pack)
             body = await self._reader.read(key, get.offset, get.length, priority=Priority.FILL)
             members = [missing[number] for number in get.members]
-            wanted = [Wanted(image.location(n), image.length(n), image.digest(n)) for n in members]
+            wanted = [
+                Wanted(image.location(n), image.length(n), image.digest(n), image.seals)
+                for n in members
+            ]
             decoded = await asyncio.to_thread(decode_all, body, get.offset, wanted)
             for ordinal, chunk, outcome in zip(members, wanted, decoded, strict=True):
                 if isinstance(outcome, Corrupt):
@@ -113,9 +120,20 @@ class BootBuilder:
                 start = chunk.location.offset - get.offset
                 stored = body[start : start + chunk.location.stored_length]
                 found[ordinal] = _Encoded(
-                    chunk.digest, chunk.length // BLOCK, chunk.location.codec, stored
+                    chunk.digest,
+                    chunk.length // BLOCK,
+                    chunk.location.codec,
+                    stored,
+                    chunk.location.key_id,
                 )
         return [found[ordinal] for ordinal in ordinals]
+
+    def _sealed(self, digest: bytes, plaintext: bytes) -> _Encoded:
+        codec, stored = ChunkEncoder().encode(plaintext)
+        key_id = NO_KEY
+        if self._pack_key is not None:
+            key_id, stored = self._pack_key.key_id, self._pack_key.seal_chunk(digest, stored)
+        return _Encoded(digest, len(plaintext) // BLOCK, int(codec), stored, key_id)
 
 
 def _fitting(image: ImageMap, ordinals: Sequence[int]) -> Iterator[int]:

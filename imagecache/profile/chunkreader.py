@@ -53,7 +53,7 @@ class ChunkReader:
         body = await self._reader.read(
             image.pack_key(place.pack), place.offset, place.stored_length, priority=Priority.FILL
         )
-        wanted = Wanted(place, image.length(ordinal), image.digest(ordinal))
+        wanted = Wanted(place, image.length(ordinal), image.digest(ordinal), image.seals)
         (plaintext,) = await asyncio.to_thread(decode_all, body, place.offset, (wanted,))
         if isinstance(plaintext, Corrupt):
             raise plaintext

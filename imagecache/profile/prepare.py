@@ -98,7 +98,7 @@ def _loaded(
     return LoadedImage(
         root=root,
         view=ImageView(manifest, tables),
-        map=ImageMap(manifest, locations, catalog.keys.pack),
+        map=ImageMap(manifest, locations, catalog.keys.pack, catalog.seals),
         stored_lengths=locations.stored_lengths,
     )
 
@@ -172,6 +172,7 @@ class StartBuilder:
             self._catalog.keys,
             scratch=self._scratch,
             local=self._local,
+            pack_key=self._catalog.seals.pack_key,
         )
         name = self._starts.name_of(profile)
         generation = await self._catalog.active_generation()

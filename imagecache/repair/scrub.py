@@ -19,11 +19,12 @@ from imagecache.blockimage.envelope import MAX_PLAINTEXT, unseal
 from imagecache.blockimage.jsonrecord import MAX_RECORD, decode_record, encode_record, text
 from imagecache.blockimage.locations import pack_name
 from imagecache.blockimage.records import AliasRecord, LayerRecord, RootRecord
+from imagecache.blockimage.seals import Seals
 from imagecache.catalog import Catalog
 from imagecache.chunks import BLOCK, chunk_digest
 from imagecache.chunks.codec import decode_chunk
-from imagecache.errors import Corrupt, CubecacheError, NotFound
-from imagecache.packs.pack import MAX_BYTES, TABLE_ENTRY, TRAILER, read_table, read_trailer
+from imagecache.errors import Corrupt, CubecacheError, Denied, NotFound
+from imagecache.packs.pack import MAX_BYTES, TRAILER, PackedChunk, read_table, read_trailer
 from imagecache.repair.damage import Damage, quarantine
 from imagecache.repair.presence import BROKEN, PresenceCheck, key_of
 from imagecache.store.base import ObjectStat, RangeReader
@@ -121,6 +122,8 @@ class Scrubber:
             raw = await self._store.get(stat.key, limit=MAX_PLAINTEXT)
         except NotFound:
             return None  # collected meanwhile; what is needed is looked for below
+        except BROKEN as error:  # a broken seal
+            return str(error)
         await self._pay(len(raw))
         try:
             await asyncio.to_thread(self._judge, kind, name, raw)
@@ -213,7 +216,8 @@ class Scrubber:
             raw = b""
         self._report.packs += 1
         await self._pay(len(raw))
-        chunks = await asyncio.to_thread(_damaged_chunks, raw, bytes.fromhex(digest))
+        seals = self._catalog.seals
+        chunks = await asyncio.to_thread(_damaged_chunks, raw, bytes.fromhex(digest), seals)
         if chunks is not None:
             await quarantine(self._catalog, name, await self._hit(name, raw, chunks))
             self._add(stat.key, "it does not match its digest", chunks)
@@ -237,9 +241,15 @@ class Scrubber:
                 if place.pack != name:
                     continue
                 digest = manifest.chunks.digest(ordinal)
-                stored = raw[place.offset : place.offset + place.stored_length]
-                length = manifest.chunks.sizes[ordinal] * BLOCK
-                if not _is_intact(digest, place.codec, stored, length):
+                row = PackedChunk(
+                    digest,
+                    place.offset,
+                    place.stored_length,
+                    manifest.chunks.sizes[ordinal],
+                    place.codec,
+                    place.key_id,
+                )
+                if not _is_intact(self._catalog.seals, row, raw):
                     found.add(digest)
         return tuple(sorted(found))
 
@@ -255,31 +265,31 @@ class Scrubber:
         await self._store.put(key, encode_record("scrub", {"after": after}))
 
 
-def _is_intact(digest: bytes, codec: int, stored: bytes, length: int) -> bool:
+def _is_intact(seals: Seals, row: PackedChunk, raw: bytes) -> bool:
+    """Whether a pack's bytes have the chunk that a row of a table names."""
     try:
-        return chunk_digest(decode_chunk(codec, stored, length)) == digest
+        stored = raw[row.offset : row.offset + row.stored_length]
+        opened = seals.open_chunk(row.key_id, row.digest, stored)
+        return chunk_digest(decode_chunk(row.codec, opened, row.blocks * BLOCK)) == row.digest
     except Corrupt:
         return False
 
 
-def _damaged_chunks(raw: bytes, digest: bytes) -> tuple[bytes, ...] | None:
+def _damaged_chunks(raw: bytes, digest: bytes, seals: Seals) -> tuple[bytes, ...] | None:
     """None for a pack that is what its name says; else the chunks of its table that are not."""
     if blake3(raw).digest() == digest:
         return None
     try:
-        trailer = raw[-TRAILER.size :]
-        table_bytes = read_trailer(trailer, len(raw)) * TABLE_ENTRY.size
+        trailer = read_trailer(raw[-TRAILER.size :], len(raw))
         end = len(raw) - TRAILER.size
-        rows = read_table(raw[end - table_bytes : end], len(raw))
-    except Corrupt:
+        rows = read_table(raw[end - trailer.table_bytes : end], len(raw), trailer.key_id, seals)
+    except (Corrupt, Denied):  # a flipped key id names a secret that nobody has
         return ()
-    return tuple(
-        row.digest
-        for row in rows
-        if not _is_intact(
-            row.digest,
-            row.codec,
-            raw[row.offset : row.offset + row.stored_length],
-            row.blocks * BLOCK,
-        )
-    )
+    return tuple(row.digest for row in rows if not _is_readable(seals, row, raw))
+
+
+def _is_readable(seals: Seals, row: PackedChunk, raw: bytes) -> bool:
+    try:
+        return _is_intact(seals, row, raw)
+    except Denied:
+        return False

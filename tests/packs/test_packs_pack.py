@@ -21,7 +21,7 @@ def packed() -> tuple[bytes, bytes]:
 
 
 def table_of(raw: bytes) -> bytes:
-    entries = read_trailer(raw[-TRAILER.size :], len(raw))
+    entries = read_trailer(raw[-TRAILER.size :], len(raw)).entries
     end = len(raw) - TRAILER.size
     return raw[end - entries * TABLE_ENTRY.size : end]
 
