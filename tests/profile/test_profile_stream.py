@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -193,6 +193,26 @@ async def test_a_stream_that_breaks_off_is_finished_by_ranged_reads(host: Host) 
     assert outcome.error == "the line broke"
     assert outcome.left > 0
     assert host.reader.reads
+    assert all(host.arena.holds(host.map.digest(n)) for n, _ in host.places)
+
+
+async def test_a_stream_that_breaks_while_the_arena_writes_ends_all_its_flights(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What had landed was cancelled on its way into the arena, and was waited for for ever."""
+    admit = host.arena.admit
+
+    async def slowly(chunks: Sequence[tuple[bytes, bytes]], *, ahead: bool = False) -> int:
+        await asyncio.sleep(0.05)
+        return await admit(chunks, ahead=ahead)
+
+    monkeypatch.setattr(host.arena, "admit", slowly)
+    host.streamer.break_after = 10 * host.streamer.piece
+    async with asyncio.timeout(60):
+        outcome = await host.stream()
+    assert outcome.error == "the line broke"
+    assert outcome.chunks + outcome.left == 25
+    assert host.fetcher.flying == 0
     assert all(host.arena.holds(host.map.digest(n)) for n, _ in host.places)
 
 
