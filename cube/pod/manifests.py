@@ -56,7 +56,6 @@ _PLACEMENT: Final = (
     "schedulerName",
     "priority",
     "priorityClassName",
-    ,
 )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from cube.errors import BootFailed
+from cube.vm.adopted import AdoptedMachine, adopt
 from cube.vm.qemu_command import Platform, check_spec, command
 from cube.vm.seam import MachineSpec
 from cube.vm.tail import Tail
@@ -162,6 +163,10 @@ class QemuDriver:
             listener.close()
             console_far.close()
         return QemuMachine(process, reader, writer, console, spec.directory / CHANNEL_SOCKET)
+
+    async def adopt(self, process_id: int, started: int, directory: Path) -> AdoptedMachine:
+        """A machine that an earlier process of ours started; raises MachineFailed."""
+        return await adopt(process_id, started, directory / CHANNEL_SOCKET, limit=_READ_LIMIT)
 
 
 async def emulator_version(program: Path) -> str:

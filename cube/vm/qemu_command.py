@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from cube.vm.seam import MIB, SERIAL_LIMIT, Disk, MachineSpec, NbdDisk
+from cube.vm.seam import MIB, SERIAL_LIMIT, Disk, MachineSpec, NbdDisk, Nic, TapNic
 from imagecache.errors import LimitExceeded, UsageError
 
 MICROVM_SLOTS: Final = 24  # virtio-mmio transports of a microvm; the 25th device has no place
@@ -19,6 +19,7 @@ CPUS_MAXIMUM: Final = 64
 COMMAND_LINE_LIMIT: Final = 2047  # bytes the x86 boot protocol of older kernels takes
 RECONNECT_SECONDS: Final = 60  # how long a disk waits for its server before reads fail
 AGENT_PORT: Final = "cubecache.agent"
+_GROUP: Final = "rates"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,8 @@ def check_spec(platform: Platform, spec: MachineSpec) -> None:
     if not 1 <= spec.cpus <= CPUS_MAXIMUM:
         raise LimitExceeded(f"{spec.cpus} processors: a machine has 1 to {CPUS_MAXIMUM}")
     slots = MICROVM_SLOTS if platform.mmio else PCI_SLOTS
-    devices = ["the agent's serial port", *(f"disk {disk.serial}" for disk in spec.disks)]
+    devices = ["the agent's serial port", *(f"network card {nic.mac}" for nic in spec.nics)]
+    devices += [f"disk {disk.serial}" for disk in spec.disks]
     if len(devices) > slots:
         raise LimitExceeded(
             f"{devices[slots]} does not fit: a {platform.machine} machine has {slots} slots, and "
@@ -104,8 +106,24 @@ def command(
     suffix = "device" if platform.mmio else "pci"
     words += ["-device", f"virtio-serial-{suffix},max_ports=4"]
     words += ["-device", f"virtserialport,chardev=agent,name={AGENT_PORT}"]
+    for index, nic in enumerate(spec.nics):
+        words += _network(f"net{index}", nic, suffix)
+    limited = spec.rates.disk_bytes or spec.rates.disk_operations
+    if limited:
+        words += ["-object", json.dumps(_throttle(spec))]
     for index, disk in enumerate(spec.disks):
-        words += ["-blockdev", json.dumps(_block_node(f"disk{index}", disk))]
+        node = _block_node(f"disk{index}", disk)
+        if limited:
+            # The name goes to the outer node, which is what the device names.
+            inner = {**node, "node-name": f"below{index}"}
+            node = {
+                "driver": "throttle",
+                "node-name": f"disk{index}",
+                "read-only": disk.read_only,
+                "throttle-group": _GROUP,
+                "file": inner,
+            }
+        words += ["-blockdev", json.dumps(node)]
         device = {
             "driver": f"virtio-blk-{suffix}",
             "drive": f"disk{index}",
@@ -113,6 +131,26 @@ def command(
         }
         words += ["-device", json.dumps(device)]
     return words
+
+
+def _network(identity: str, nic: Nic, suffix: str) -> list[str]:
+    if isinstance(nic, TapNic):
+        backend = f"tap,id={identity},ifname={nic.interface},script=no,downscript=no"
+    else:
+        backend = f"user,id={identity},ipv6=off"
+        for one in nic.forwards:
+            host = f"{one.protocol}:{one.host_ip}:{one.host_port}"
+            backend += f",hostfwd={host}-:{one.guest_port}"
+    device = {"driver": f"virtio-net-{suffix}", "netdev": identity, "mac": nic.mac}
+    if suffix == "pci":
+        device["romfile"] = ""  # nobody boots from the network
+    return ["-netdev", backend, "-device", json.dumps(device)]
+
+
+def _throttle(spec: MachineSpec) -> dict[str, object]:
+    limits = {"bps-total": spec.rates.disk_bytes, "iops-total": spec.rates.disk_operations}
+    given = {name: value for name, value in limits.items() if value}
+    return {"qom-type": "throttle-group", "id": _GROUP, "limits": given}
 
 
 def _block_node(node: str, disk: Disk) -> dict[str, object]:

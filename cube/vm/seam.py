@@ -35,6 +35,43 @@ Disk = NbdDisk | FileDisk
 
 
 @dataclass(frozen=True, slots=True)
+class Forward:
+    """A port of the host that leads to one of the guest."""
+
+    host_ip: str
+    host_port: int
+    guest_port: int
+    protocol: str = "tcp"
+
+
+@dataclass(frozen=True, slots=True)
+class UserNic:
+    """A network card on a network of its own, behind the host's address; needs no privilege."""
+
+    mac: str
+    forwards: Sequence[Forward] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TapNic:
+    """A network card on a tap interface that exists."""
+
+    mac: str
+    interface: str
+
+
+Nic = UserNic | TapNic
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What a machine's disks may do a second, all together; 0 = no limit."""
+
+    disk_bytes: int = 0
+    disk_operations: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class MachineSpec:
     """A machine to start. `directory` is private to it and exists; its sockets go there."""
 
@@ -48,6 +85,8 @@ class MachineSpec:
     tsc_khz: int = 0  # the host's time-stamp counter, 0 if unknown
     kernel_arguments: Sequence[str] = ()
     dies_with_owner: bool = True
+    nics: Sequence[Nic] = ()
+    rates: Rates = Rates()
 
 
 class Machine(Protocol):
@@ -84,3 +123,6 @@ class Driver(Protocol):
 
     async def start(self, spec: MachineSpec) -> Machine:
         """A running machine; raises MachineFailed, Unsupported, LimitExceeded, NotFound."""
+
+    async def adopt(self, process_id: int, started: int, directory: Path) -> Machine:
+        """A machine that an earlier process of ours started (see `cube.vm.adopted`)."""
