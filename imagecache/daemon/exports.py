@@ -16,6 +16,7 @@ from imagecache.daemon.exporttable import ExportRecord
 from imagecache.daemon.recording import ExportStart
 from nbdserver.device import Device
 from nbdserver.exports import UnknownExport
+from nbdserver.overlay import OverlayDevice
 from nbdserver.server import Listener
 
 
@@ -27,6 +28,7 @@ class LiveExport:
     shared_socket: Path
     image: ImageMap | None = None
     device: BlockImageDevice | None = None
+    overlay: OverlayDevice | None = None
     fill: Fill | None = None
     start: ExportStart | None = None
     listener: Listener | None = None
@@ -39,6 +41,11 @@ class LiveExport:
     def socket(self) -> Path:
         """The unix socket on which a client finds it."""
         return Path(self.record.socket) if self.record.socket else self.shared_socket
+
+    @property
+    def served(self) -> Device | None:
+        """What clients read: the image, or the overlay over it."""
+        return self.overlay or self.device
 
     @property
     def uri(self) -> str:
@@ -59,6 +66,7 @@ class LiveExport:
             "block_image": record.block_image,
             "fs": record.face,
             "size_bytes": record.size_bytes,
+            "writable": bool(record.writable),
             "clients": self.clients,
             "state": "failed" if self.failure and self.device is None else "serving",
             "failure": self.failure,
@@ -104,13 +112,14 @@ class ExportView:
         if not name and self._only is not None:
             name = self._only
         export = self._visible(name)
-        if export is None or export.device is None:
+        device = None if export is None else export.served
+        if export is None or device is None:
             raise UnknownExport(name)
         export.clients += 1
-        return export.device
+        return device
 
     async def leave(self, name: str, device: Device) -> None:
         """A client is gone; an export that went meanwhile needs no count."""
         export = self._live.get(name or self._only or "")
-        if export is not None and export.device is device:
+        if export is not None and export.served is device:
             export.clients -= 1

@@ -30,11 +30,13 @@ class ExportRecord:
     socket: str | None
     fill: str | None
     owner: str | None = None
+    writable: int = 0  # 1: over an overlay
 
 
 _COLUMNS: dict[str, type] = dict.fromkeys(ExportRecord.__slots__, str) | {
     "size_bytes": int,
     "generation": int,
+    "writable": int,
 }
 
 

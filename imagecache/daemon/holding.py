@@ -105,9 +105,12 @@ class ExportHolding:
             remedy=f"cubecache preload {record.reference}",
         )
 
-    async def close(self) -> None:
-        """Ends the lease, so that what was read here may be collected at once."""
+    async def close(self, *, keep: bool = False) -> None:
+        """Ends the lease, so that what was read here may be collected at once.
+
+        `keep`: a successor reads on; the lease runs out once the successor's own has begun.
+        """
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        await self._lease.close()
+        await self._lease.close(keep=keep)

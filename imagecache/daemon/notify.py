@@ -5,13 +5,18 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 logger = logging.getLogger(__name__)
 
 
-def notify(state: str, environment: Mapping[str, str] = os.environ) -> bool:
-    """Sends `READY=1`, `STOPPING=1`, `STATUS=...`; False where nobody listens. Never raises."""
+def notify(
+    state: str, environment: Mapping[str, str] = os.environ, *, fds: Sequence[int] = ()
+) -> bool:
+    """Sends `READY=1`, `STOPPING=1`, `STATUS=...`, with descriptors for its store.
+
+    False where nobody listens. Never raises.
+    """
     address = environment.get("NOTIFY_SOCKET", "")
     if not address.startswith(("/", "@")):
         return False
@@ -20,7 +25,8 @@ def notify(state: str, environment: Mapping[str, str] = os.environ) -> bool:
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
             sock.settimeout(1)
-            sock.sendto(state.encode(), address)
+            sock.connect(address)
+            socket.send_fds(sock, [state.encode()], fds)
     except OSError as error:
         logger.warning("the service manager is not told %r: %s", state, error)
         return False

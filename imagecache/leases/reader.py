@@ -100,13 +100,13 @@ class ReaderLease:
             except CubecacheError as error:
                 log.warning("reader lease not renewed: %s", error)
 
-    async def close(self) -> None:
-        """Ends the renewal and, where the store answers, the lease."""
+    async def close(self, *, keep: bool = False) -> None:
+        """Ends the renewal and, unless it is to run out by itself, the lease."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
             self._task = None
-        if self._held:
+        if self._held and not keep:
             self._held = ()
             with suppress(CubecacheError, NotFound):
                 await asyncio.wait_for(self._write(), 5)
