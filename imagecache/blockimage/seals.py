@@ -303,12 +303,10 @@ class NameSeals:
         token = "".join(piece[2:] for piece in (head, *more))
         try:
             raw = base64.urlsafe_b64decode(token + "=" * (-len(token) % 4))
+            name = self._mixed(raw[:_SIV_BYTES], raw[_SIV_BYTES:]).decode()
         except (ValueError, binascii.Error):
             return None
-        siv, plain = raw[:_SIV_BYTES], self._mixed(raw[:_SIV_BYTES], raw[_SIV_BYTES:])
-        if self._siv(before, plain) != siv:
-            return None
-        return plain.decode()
+        return name if self.seal(before, name) == sealed else None
 
     def _siv(self, before: str, plain: bytes) -> bytes:
         hasher = blake3(key=self._hash)
