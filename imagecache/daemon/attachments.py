@@ -122,6 +122,7 @@ class Attachments:
             self._arena,
             self._fetcher,
             description=f"{record.reference} {record.image}",
+            read_ahead=self._settings().cache.read_ahead,
         )
         if record.writable:
             try:
