@@ -17,7 +17,7 @@ async def run_command(
     fua = bool(request.flags & CommandFlag.FUA)
     command = request.command
     if command == Command.WRITE:
-        await device.write(offset, payload, fua=fua)
+        await device.write(offset + request.done, payload, fua=fua)
     elif command == Command.FLUSH:
         await device.flush()
     elif command == Command.TRIM:

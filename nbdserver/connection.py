@@ -9,15 +9,14 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from nbdserver.arriving import Arriving
 from nbdserver.counters import Counters
-from nbdserver.device import Device, DeviceError
+from nbdserver.device import Device
 from nbdserver.inflight import InFlight, Turn
+from nbdserver.intake import Intake
 from nbdserver.limits import Limits
 from nbdserver.patience import Patience
-from nbdserver.protocol.constants import Command, CommandFlag, ReplyMode
-from nbdserver.protocol.errors import EINVAL, ESHUTDOWN, ProtocolViolation, wire_error
-from nbdserver.protocol.replies import encode_done
+from nbdserver.protocol.constants import Command, ReplyMode
+from nbdserver.protocol.errors import EINVAL, ESHUTDOWN, ProtocolViolation
 from nbdserver.protocol.requests import Request, RequestLayout, check_request
 from nbdserver.protocol.session import Session
 from nbdserver.sender import Sender
@@ -68,10 +67,7 @@ class Connection:
         )
         # A stream that encrypts would touch mapped pages: its reads all take the copying path.
         self._try_read = _not_now if stream.copies else device.try_read
-        self._try_write = device.try_write
         self._tail = rest
-        self._partial: Arriving | None = None
-        self._skip = skip
         self._inflight = InFlight(
             copies=stream.copies,
             session=session,
@@ -82,6 +78,18 @@ class Connection:
             turn=turn,
             on_answered=self._room_again,
             on_broken=self.abort,
+        )
+        self._intake = Intake(
+            session=session,
+            device=device,
+            layout=self._layout,
+            counters=counters,
+            sender=self._sender,
+            inflight=self._inflight,
+            payloads=turn.payloads,
+            # Decrypted bytes come in small pieces: they are gathered.
+            receive_bytes=0 if stream.copies else len(scratch),
+            skip=skip,
         )
         self._reading = False
         self._patience = Patience(limits.linger_seconds)
@@ -118,19 +126,25 @@ class Connection:
         self._stop_reading()
         self._sender.close()
         self._inflight.cancel_reads()
-        self._partial = None
+        self._intake.drop()
         self.stream.close()
         self._maybe_done()
 
     async def hold(self) -> None:
-        """Stop at a request boundary: read no more, return when nothing is in flight."""
+        """Stop at a request boundary: read no more, return when nothing is in flight.
+
+        Raises DeviceError where a half-received write cannot be written down.
+        """
         self._held = True
         self._stop_reading()
-        if not self._skip:  # what is taken back comes before what is received, skipped or not
+        if (
+            not self._intake.skip
+        ):  # what is taken back comes before what is received, skipped or not
             self._inflight.take_back_reads(self._taken_back)
         while not self._idle and not self._closed:
             self._quiet = self._quiet or self._loop.create_future()
             await self._quiet
+        await self._intake.read_back()
 
     def release_hold(self) -> None:
         """Go on after `hold`."""
@@ -147,12 +161,12 @@ class Connection:
     def unparsed(self) -> bytes:
         """While held: bytes received and not answered, from a request's first byte on."""
         asked = b"".join(map(self._layout.encode, self._taken_back))
-        return asked + (self._tail if self._partial is None else self._partial.received())
+        return asked + self._intake.received() + self._tail
 
     @property
     def skipping(self) -> int:
         """Payload bytes of a refused request that are still to come and will be dropped."""
-        return self._skip
+        return self._intake.skip
 
     def detach(self) -> None:
         """While held: let go of the stream without closing it (another process has it now)."""
@@ -190,15 +204,14 @@ class Connection:
         tail, self._tail = self._tail, b""
         while tail:
             # A tail from a handshake or a hand-over may be larger than the scratch buffer.
-            if self._partial is not None:
-                tail = self._partial.fill(tail)
-                self._complete_partial(self._partial)
+            if self._intake.room() is not None:
+                tail = self._intake.fill(tail)
             else:
                 piece, tail = tail[: len(self._scratch)], tail[len(self._scratch) :]
                 self._scratch[: len(piece)] = piece
                 self._process(len(piece))
             stuck = not tail or not self._can_read()
-            if self._tail and self._partial is None:
+            if self._tail:
                 tail, self._tail = self._tail + tail, b""
             if stuck:
                 self._tail = tail
@@ -233,6 +246,7 @@ class Connection:
             if not self._can_read():
                 self._stop_reading()
                 return
+            room = self._intake.room()
             try:
                 count = self._receive()
             except (BlockingIOError, InterruptedError):
@@ -248,10 +262,8 @@ class Connection:
                 self.finish()
                 return
             self._counters.bytes_received += count
-            partial = self._partial
-            if partial is not None:
-                partial.filled += count
-                self._complete_partial(partial)
+            if room is not None:
+                self._intake.filled(count)
             else:
                 held, self._tail = len(self._tail), b""
                 self._process(held + count)
@@ -259,38 +271,32 @@ class Connection:
             self._loop.call_soon(self._readable)
 
     def _receive(self) -> int:
-        partial = self._partial
-        if partial is not None:
-            return self.stream.recv_into(partial.view[partial.filled :])
+        room = self._intake.room()
+        if room is not None:
+            return self.stream.recv_into(room)
         held = len(self._tail)
         if held:
             self._scratch[:held] = self._tail
             return self.stream.recv_into(self._scratch[held:])
         return self.stream.recv_into(self._scratch)
 
-    def _complete_partial(self, partial: Arriving) -> None:
-        if partial.whole:
-            self._partial = None
-            self._deliver(partial.request, partial.view, private=True)
-            self._sender.flush()
-
     def _process(self, end: int) -> None:
         """Answer the `end` bytes in the scratch buffer as far as they go; keep the tail."""
-        view, layout, sender = self._scratch, self._layout, self._sender
+        view, layout, sender, intake = self._scratch, self._layout, self._sender, self._intake
         head = layout.header_size
         room = self._limits.batch_bytes
         position = 0
         while True:
-            if self._skip:
-                skipped = min(self._skip, end - position)
-                self._skip -= skipped
-                position += skipped
+            if intake.unfinished:
+                position = intake.go_on(view, position, end)
+                if intake.unfinished:
+                    break
             if not self._shutting_down:
                 position, added = layout.gather_hits(
                     view, position, end, self._try_read, sender.iov, sender.ranges, room
                 )
                 sender.size += added
-                position = self._take_writes(view, position, end)
+                position = intake.take_plain(view, position, end)
             if end - position < head:
                 break
             if len(sender.iov) > 512 or sender.size >= room:
@@ -307,26 +313,6 @@ class Connection:
             self._tail = bytes(view[position:end])
         sender.flush()
 
-    def _take_writes(self, view: memoryview, position: int, end: int) -> int:
-        """Plain writes that are here whole and that the device takes at once; the next position."""
-        plain, try_write, head = self._layout.plain_write, self._try_write, self._layout.header_size
-        mode = self.session.mode
-        acks: list[bytes] = []
-        while (found := plain(view, position, end)) is not None:
-            cookie, offset, length = found
-            body = position + head
-            try:
-                if not try_write(offset, view[body : body + length]):
-                    break
-            except DeviceError:
-                break  # It is asked again where errors are answered.
-            position = body + length
-            acks.append(encode_done(mode, cookie, offset))
-        if acks:
-            self._counters.writes += len(acks)
-            self._sender.gather(acks)
-        return position
-
     def _take(self, view: memoryview, position: int, end: int) -> int:
         """Start the request at `position`, which is no hit; the next position, or -1: no more."""
         try:
@@ -334,7 +320,6 @@ class Connection:
         except ProtocolViolation as violation:
             self._violated(str(violation))
             return -1
-        header = position
         position += self._layout.header_size
         if request.command == Command.DISC:
             self.finish()
@@ -346,18 +331,7 @@ class Connection:
                 self._inflight.fail(request, error or EINVAL)
                 self.finish()
                 return -1
-            available = min(request.payload, end - position)
-            if error:
-                self._inflight.fail(request, error)
-                self._skip = request.payload - available
-            elif available == request.payload:
-                self._deliver(request, view[position : position + available], private=False)
-            else:
-                self._partial = Arriving.begin(
-                    self._turn.payloads, request, view[header:end], position - header
-                )
-                return end
-            return position + available
+            return self._intake.begin(request, error, view, position, end)
         if error:
             self._inflight.fail(request, error)
         else:
@@ -375,23 +349,6 @@ class Connection:
         _log.info("closing a client of %r: %s", self.session.export, reason)
         self._sender.flush()
         self.abort()
-
-    def _deliver(self, request: Request, payload: memoryview, *, private: bool) -> None:
-        """A request with its whole payload; not `private`: in the scratch buffer, soon gone."""
-        if request.command == Command.WRITE and not request.flags & CommandFlag.FUA:
-            try:
-                written = self.device.try_write(request.offset, payload)
-            except DeviceError as failure:
-                self._inflight.fail(request, wire_error(failure.errno), str(failure))
-                return
-            if written:
-                if private:
-                    self._turn.payloads.give_back(payload)
-                self._counters.writes += 1
-                reply = encode_done(self.session.mode, request.cookie, request.offset)
-                self._sender.answer(reply)
-                return
-        self._inflight.start(request, payload if private else bytes(payload))
 
 
 def _not_now(offset: int, length: int) -> None:  # noqa: ARG001

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import errno
 import os
+import resource
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ __all__ = ["Change", "OverlayDevice", "OverlayError", "OverlayFacts", "list_over
 
 _QUICK_WRITE = 1 << 20
 _SLOW_SECONDS = 0.05
+_WATCH_SECONDS = 2.0
 _COMPACT_RECORDS = 1 << 16
 
 
@@ -70,6 +72,7 @@ class OverlayDevice(OverlayReads):
         self._quota = None if quota_bytes is None else quota_bytes // BLOCK
         self._busy: list[tuple[int, int, asyncio.Future[None]]] = []
         self._slow_until = 0.0
+        self._watch_until = 0.0
         self._compact_at = _COMPACT_RECORDS
         self._suspended = False
         self._sync_lock = asyncio.Lock()
@@ -147,11 +150,16 @@ class OverlayDevice(OverlayReads):
         if (offset + length) % BLOCK and states[last] != OWN_DATA:
             return False
         began = monotonic()
+        slept = _times_slept() if began < self._watch_until else -1
         self._write_now(offset, payload)
         took = monotonic() - began
         if took > _SLOW_SECONDS:
-            # The kernel makes writers wait for the disk: for a while they wait in threads.
-            self._slow_until = began + min(20 * took, 1.0)
+            if slept < 0:
+                # Either the disk, or only a busy processor: the next slow one tells.
+                self._watch_until = began + took + _WATCH_SECONDS
+            elif _times_slept() > slept:
+                # The kernel makes writers wait for the disk: for a while they wait in threads.
+                self._slow_until = began + min(20 * took, 1.0)
         return True
 
     def _write_now(self, offset: int, payload: Buffer) -> None:
@@ -374,6 +382,11 @@ class OverlayDevice(OverlayReads):
                 self._journal.close()
             os.close(self._fd)
             self._fd = -1
+
+
+def _times_slept() -> int:
+    """How often this thread gave the processor up to wait; to be pushed off it does not count."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
 
 
 def list_overlays(parent: Path) -> list[Path]:

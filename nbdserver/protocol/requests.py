@@ -48,7 +48,10 @@ _NEEDS_FLAG: dict[int, int] = {
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One parsed request; `payload` is how many bytes follow its header on the wire."""
+    """One parsed request; `payload` is how many bytes follow its header on the wire.
+
+    `done` bytes of a write's payload are on the device already; only the rest is still to be given.
+    """
 
     command: int
     flags: int
@@ -56,6 +59,7 @@ class Request:
     offset: int
     length: int
     payload: int
+    done: int = 0
 
 
 class RequestLayout:
@@ -141,7 +145,7 @@ class RequestLayout:
         return start, total
 
     def encode(self, request: Request) -> bytes:
-        """The header of a parsed request without payload, as its client sent it."""
+        """The header of a parsed request, as its client sent it."""
         key = self._read_key | request.flags << 16 | request.command
         return self._struct.pack(key, request.cookie, request.offset, request.length)
 

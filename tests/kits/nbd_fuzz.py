@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from nbdserver.connection import Connection, Turn
 from nbdserver.counters import Counters
-from nbdserver.device import BaseDevice, Buffer, DeviceError, Extent
+from nbdserver.device import BaseDevice, BlockSizes, Buffer, DeviceError, Extent
 from nbdserver.limits import Limits
 from nbdserver.protocol.constants import ExportFlag, OptionReply, ReplyMode
 from nbdserver.protocol.errors import ProtocolViolation
@@ -94,6 +94,7 @@ class FuzzDevice(BaseDevice):
     read_only = False
     can_flush = can_fua = can_trim = can_zero = can_fast_zero = can_cache = can_multi_conn = True
     contexts = FACTS.contexts
+    block_sizes = BlockSizes(preferred=512)
 
     def __init__(self) -> None:
         self.pins = 0
@@ -120,6 +121,12 @@ class FuzzDevice(BaseDevice):
             self.pins -= 1
 
         return release
+
+    def try_write(self, offset: int, payload: Buffer) -> bool:
+        assert 0 <= offset and 0 < len(payload) and offset + len(payload) <= SIZE
+        if offset % 7 == 1:
+            raise DeviceError(errno.ENOSPC)
+        return offset // 512 % 5 != 1
 
     async def write(self, offset: int, payload: Buffer, *, fua: bool) -> None:
         assert offset + len(payload) <= SIZE and len(payload)
