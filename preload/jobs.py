@@ -1,4 +1,4 @@
-"""Preload jobs: a bounded queue by priority, one build at a time, one job for equal requests.
+"""Preload jobs: a bounded queue by priority, so many builds at a time, one job for equal requests.
 
 Every job is in the table before its submitter hears of it, and a restarted daemon goes on where
 the last one ended: what ran is queued again, and fails with a reason once it ended three daemons.
@@ -13,6 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -155,16 +156,23 @@ class JobQueue:
     """Runs jobs by priority, then in order; owned by the daemon: `start`, then `close`."""
 
     def __init__(
-        self, build: Build, table: JobTable, *, quota: Callable[[], int] = lambda: MAX_QUEUED
+        self,
+        build: Build,
+        table: JobTable,
+        *,
+        quota: Callable[[], int] = lambda: MAX_QUEUED,
+        concurrency: Callable[[], int] = lambda: 1,
     ) -> None:
+        """`concurrency` is how many builds run at once; `quota` is of one owner's open jobs."""
         self._build = build
         self._table = table
         self._quota = quota
+        self._concurrency = concurrency
         self._jobs: dict[str, Job] = {}
         self._wake = asyncio.Event()
         self._saving = asyncio.Lock()
         self._runner: asyncio.Task[None] | None = None
-        self._running: asyncio.Task[BuildResult] | None = None
+        self._running: dict[str, asyncio.Task[None]] = {}
         self._closing = False
 
     async def start(self) -> None:
@@ -177,6 +185,11 @@ class JobQueue:
                 self._take_up(job)
                 taken_up.append(job)
         await self._save(taken_up)
+        self.go_on()
+
+    def go_on(self) -> None:
+        """Runs jobs (again, after `suspend`)."""
+        self._closing = False
         self._wake.set()
         self._runner = asyncio.create_task(self._run())
 
@@ -266,24 +279,32 @@ class JobQueue:
         return job
 
     async def _stop(self, job: Job, state: JobState) -> Job:
-        if job.state is JobState.RUNNING and self._running is not None:
+        task = self._running.get(job.identity)
+        if job.state is JobState.RUNNING and task is not None:
             job.stop_as = state
-            self._running.cancel()
-            while job.state is JobState.RUNNING:
-                await job.watch(job.version, RETRY_SECONDS)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            await self._save([job])
         elif not job.ended:
             job.state = state
             job.touch()
             await self._save([job])
         return job
 
+    async def suspend(self) -> None:
+        """Stops all builds; what ran is queued again, for `go_on` or for the next daemon."""
+        self._closing = True
+        tasks = [task for task in (self._runner, *self._running.values()) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._runner = None
+
     async def close(self) -> None:
         """Ends the runner; what ran is queued again by the next daemon."""
-        self._closing = True
-        for task in (self._runner, self._running):
-            if task is not None:
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
+        await self.suspend()
+        for job in self._jobs.values():
+            job.touch()  # nobody waits for what will not come from here
 
     async def _save(self, jobs: Sequence[Job]) -> None:
         if not jobs:
@@ -306,49 +327,54 @@ class JobQueue:
 
     async def _run(self) -> None:
         while True:
-            job = self._next()
+            job = self._next() if len(self._running) < max(1, self._concurrency()) else None
             if job is None:
                 self._wake.clear()
                 await self._wake.wait()
                 continue
-            try:
-                await self._one(job)
-            except CubecacheError as error:
-                logger.error("the job table cannot be written: %s", error)
+            job.state, job.stop_as = JobState.RUNNING, JobState.CANCELLED
+            job.readable = False
+            job.attempts += 1
+            job.touch()
+            task = asyncio.create_task(self._one(job), name=f"preload {job.identity}")
+            self._running[job.identity] = task
+            task.add_done_callback(partial(self._over, job))
+
+    def _over(self, job: Job, _: asyncio.Task[None]) -> None:
+        del self._running[job.identity]
+        if job.state is JobState.RUNNING:  # cancelled before its first step
+            self._stopped(job)
+            job.touch()
+        self._wake.set()
+
+    def _stopped(self, job: Job) -> None:
+        # At a daemon's end it is not the job's fault: the next daemon goes on with it.
+        job.state = JobState.QUEUED if self._closing else job.stop_as
+        job.attempts -= job.state in {JobState.QUEUED, JobState.PAUSED}
 
     async def _one(self, job: Job) -> None:
         def report(progress: Progress) -> None:
             job.pace.note(progress)
             job.touch()
 
-        job.state, job.stop_as = JobState.RUNNING, JobState.CANCELLED
-        job.readable = False
-        job.attempts += 1
-        self._running = asyncio.create_task(self._saved_and_built(job, report))
-        job.touch()
         try:
-            job.result = (await self._running).as_json()
+            job.result = (await self._saved_and_built(job, report)).as_json()
             job.state = JobState.DONE
         except CubecacheError as error:
             job.state, job.error = JobState.FAILED, as_record(error)
         except asyncio.CancelledError:
-            if self._closing:  # not its fault: the next daemon goes on with it
-                job.attempts -= 1
-                job.state = JobState.QUEUED
-                with contextlib.suppress(CubecacheError):
-                    await asyncio.shield(self._save([job]))
-                raise
-            job.state = job.stop_as
-            job.attempts -= job.state is JobState.PAUSED
+            self._stopped(job)
         except Exception as error:
             logger.exception("preload failed oddly", extra={"job": job.identity})
             job.state = JobState.FAILED
             told = CubecacheError(f"internal error: {type(error).__name__}: {error}")
             job.error = as_record(told)
         finally:
-            self._running = None
             job.touch()
-        await self._save([job])
+        try:
+            await self._save([job])
+        except CubecacheError as error:
+            logger.error("the job table cannot be written: %s", error)
 
     async def _saved_and_built(self, job: Job, report: Report) -> BuildResult:
         await self._save([job])
