@@ -21,6 +21,7 @@ from imagecache.repair.presence import PresenceCheck
 from imagecache.settings import Settings
 from imagecache.verify import Verifier
 
+PATIENCE = 120  # seconds that any one command may take on a slow machine
 COMMAND = str(Path(sys.executable).parent / "cubecache")
 
 
@@ -110,7 +111,7 @@ def soak(server: S3Server, tmp_path: Path, seconds: float) -> None:
                         process.kill()
                         counts["killed"] += 1
                     continue
-                output = process.communicate()[0]
+                output = process.communicate(timeout=PATIENCE)[0]
                 del running[role]
                 assert process.returncode in (0, -9, 66, 69, 75), output.decode()
                 if role.startswith("collector") and process.returncode == 0:
@@ -119,25 +120,26 @@ def soak(server: S3Server, tmp_path: Path, seconds: float) -> None:
     finally:
         for process in running.values():
             process.kill()
-            process.communicate()
+            process.communicate(timeout=PATIENCE)
     for image in images:
         done = subprocess.run(
             [COMMAND, "--state-dir", str(tmp_path / "last"), "--store", url, "preload", image],
             capture_output=True,
             check=False,
+            timeout=PATIENCE,
         )
         assert done.returncode == 0, done.stderr.decode()
     names, faults = examine(url, tmp_path / "look")
     assert not faults, f"seed {seed}"
     assert len(names) == 3
     dropped = start(tmp_path / "last", url, "rm", images[2])
-    assert dropped.communicate()[0] and not dropped.returncode
+    assert dropped.communicate(timeout=PATIENCE)[0] and not dropped.returncode
     for _ in range(5):
         time.sleep(2.1)
         gc = start(
             tmp_path / "last", url, "gc", "--min-age", "2s", "--grace", "2s", "--yes-delete-many"
         )
-        output = gc.communicate()[0]
+        output = gc.communicate(timeout=PATIENCE)[0]
         assert gc.returncode == 0, output.decode()
         counts["deleted"] += json.loads(output.splitlines()[-1])["deleted"]
     names, faults = examine(url, tmp_path / "look")

@@ -65,7 +65,7 @@ def running(command: list[str], port: int, log: Path) -> Iterator[None]:
                 process.wait(10)
             except subprocess.TimeoutExpired:
                 process.kill()
-                process.wait()
+                process.wait(60)
 
 
 @contextmanager

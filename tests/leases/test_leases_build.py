@@ -47,11 +47,12 @@ async def test_late_builder_waits_and_uses_the_first_one_s_work() -> None:
     late = asyncio.create_task(
         BuildLeases(Catalog(store, "default"), times=FAST).meet(KEY, told.append)
     )
-    while not told:
-        await asyncio.sleep(0.01)
-    await first.commit(root(first.generation))
-    await first.release()
-    assert await late == root(first.generation)
+    async with asyncio.timeout(60):
+        while not told:
+            await asyncio.sleep(0.01)
+        await first.commit(root(first.generation))
+        await first.release()
+        assert await late == root(first.generation)
     assert told[0].startswith("one")
 
 
@@ -88,7 +89,7 @@ async def test_dead_neighbour_s_lease_is_taken_at_once() -> None:
     """A killed builder of this host is not waited for; one of another host is."""
     store = MemoryStore()
     child = subprocess.Popen(["true"])
-    child.wait()
+    child.wait(timeout=60)
     mine = new_holder()
     dead = mine.replace(f".{os.getpid()}.", f".{child.pid}.")
     assert is_dead(dead)

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -73,13 +74,16 @@ async def killed_writers(root: Path, rounds: int, seed: int) -> None:
             )
             for number in range(3)
         ]
+        watchdog = threading.Timer(60, lambda started: [x.kill() for x in started], [processes])
+        watchdog.start()
         for process in processes:
             assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        watchdog.cancel()
         time.sleep(dice.random() * 0.3)
         for process in processes:
             os.kill(process.pid, signal.SIGKILL)
         for number, process in enumerate(processes):
-            lines = process.communicate()[0].split("\n")[:-1]  # the last may be torn
+            lines = process.communicate(timeout=60)[0].split("\n")[:-1]  # the last may be torn
             acknowledged.update(line[5:] for line in lines if line.startswith("done "))
             for line in lines:
                 if line.startswith("won "):
