@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -11,7 +12,6 @@ from enum import StrEnum
 from imagecache.cache.arena import Arena
 from imagecache.cache.fetch import Fetcher
 from imagecache.cache.image import ImageMap
-from imagecache.cache.lease import Lease
 from imagecache.errors import Unavailable
 from imagecache.store.base import Priority
 
@@ -82,34 +82,43 @@ class Fill:
         self._fetcher = fetcher
         self._mode = mode
         self._rate = bytes_per_second
-        self._lease: Lease | None = None
+        self._shared = image.shared_fill
+        self._holds = False
         self._task: asyncio.Task[None] | None = None
         self._state = FillState.IDLE
         self._error: str | None = None
+        self._followed: Fill | None = None
         self._order = self._plan(hot)
         self._bytes_total = sum(map(image.stored_length, self._order))
         self._chunks = self._bytes = self._failed = 0
 
-    def _plan(self, hot: Sequence[int]) -> list[int]:
+    def _plan(self, hot: Sequence[int]) -> Sequence[int]:
         if self._mode is FillMode.NONE:
-            return []
+            return ()
+        usual = self._mode is FillMode.WHOLE and not hot
+        if usual and self._shared.order is not None:
+            return self._shared.order
         first = list(hot) or self._image.ordinals_in(0, self._image.metadata_bytes)
         if self._mode is FillMode.WHOLE:
             first += self._image.pack_order()
-        return list(dict.fromkeys(first))
+        order = array("I", dict.fromkeys(first))
+        if usual:
+            self._shared.order = order
+        return order
 
     @property
     def progress(self) -> FillProgress:
-        """The counts of this moment."""
+        """The counts of this moment; of the fill that brings it all for this one, if one does."""
+        who = self._followed or self
         return FillProgress(
             mode=self._mode,
-            state=self._state,
-            chunks=self._chunks,
+            state=who._state,
+            chunks=who._chunks,
             chunks_total=len(self._order),
-            bytes=self._bytes,
+            bytes=who._bytes,
             bytes_total=self._bytes_total,
-            failed=self._failed,
-            error=self._error,
+            failed=who._failed,
+            error=who._error,
         )
 
     def start(self) -> None:
@@ -131,17 +140,33 @@ class Fill:
             self._task.cancel()
             await asyncio.wait({self._task})
             self._state = FillState.STOPPED
-        if self._lease is not None:
-            self._lease.release()
-            self._lease = None
+        if self._holds:
+            self._holds = False
+            self._shared.let_go()
 
     def _hold(self) -> None:
-        arena = self._fetcher.arena
-        room = arena.settings.budget_bytes * _LEASED_SHARE - arena.leased_bytes
-        if self._mode is FillMode.WHOLE and self._image.chunk_bytes <= room:
-            self._lease = arena.lease(self._image.digests(), weight=self._image.chunk_bytes)
+        if self._mode is FillMode.WHOLE:
+            self._holds = self._shared.hold(self._image, self._fetcher.arena, _LEASED_SHARE)
+
+    async def _follow(self) -> bool:
+        """Leaves it to another fill of this image to bring it all; False where that one did not."""
+        shared = self._shared
+        while isinstance(leader := shared.leader, Fill) and leader._task is not None:
+            self._followed = leader
+            await asyncio.wait({leader._task})
+            self._followed = None
+            if leader._state is FillState.DONE and not leader._failed:
+                self._chunks, self._bytes = leader._chunks, leader._bytes
+                self._state = FillState.DONE
+                return True
+            if shared.leader is leader:
+                shared.leader = None
+        shared.leader = self
+        return False
 
     async def _run(self) -> None:
+        if self._holds and await self._follow():
+            return
         pending = self._order
         pause = _FIRST_RETRY_SECONDS
         while pending:
@@ -158,7 +183,7 @@ class Fill:
         if self._state is not FillState.FULL:
             self._state = FillState.DONE
 
-    async def _pass(self, pending: Sequence[int]) -> list[int]:
+    async def _pass(self, pending: Sequence[int]) -> Sequence[int]:
         """Asks once for everything; the chunks to ask for again, as the store was not there."""
         loop = asyncio.get_running_loop()
         left: list[int] = []
@@ -188,7 +213,7 @@ class Fill:
 
     async def _bring(self, step: Sequence[int]) -> list[int]:
         image, arena = self._image, self._fetcher.arena
-        if self._mode is FillMode.WHOLE and self._lease is None and arena.is_full:
+        if self._mode is FillMode.WHOLE and not self._holds and arena.is_full:
             # Without a right to stay, the last chunks would push out the first.
             self._state = FillState.FULL
             return []

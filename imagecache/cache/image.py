@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from imagecache.blockimage.locations import Location, LocationTable
 from imagecache.blockimage.manifest import BlockManifest
 from imagecache.blockimage.seals import NO_SEALS, Seals
+from imagecache.cache.sharedfill import SharedFill
 from imagecache.cache.slots import NO_SERIAL
 from imagecache.chunks import BLOCK, DIGEST_BYTES
 from imagecache.errors import Corrupt
@@ -54,6 +55,7 @@ class ImageMap:
         self.shift, self.hints = _hints(self.starts, self.size_bytes)
         self.slots = array("I", bytes(4 * len(chunks)))
         self.known = array("I", [NO_SERIAL]) * len(chunks)
+        self.shared_fill = SharedFill()
         self._digests = chunks.digests
         self._sizes = chunks.sizes
         self._locations = locations

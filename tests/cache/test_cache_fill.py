@@ -139,6 +139,37 @@ async def test_a_filled_image_stays_while_another_is_scanned(bench) -> None:
     assert b.arena.leased_bytes == 0
 
 
+async def test_a_hundred_fills_of_one_image_are_one(bench) -> None:
+    """A hundred exports fill one image: one of them asks, all hold, and any may go."""
+    b = await bench(budget_bytes=8 << 20)
+    image = b.image(chunks=60, blocks=16, holes=False)
+    mapped = image.map()
+    b.reader.gate = asyncio.Event()
+    fills = [Fill(mapped, b.fetcher, mode=FillMode.WHOLE) for _ in range(100)]
+    for fill in fills:
+        fill.start()
+    assert b.arena.leased_bytes == mapped.chunk_bytes
+    await until(lambda: b.reader.reads, "the first read")
+    await soon(fills[0].stop())  # the one that asks: another one goes on
+    b.reader.gate.set()
+    for fill in fills[1:]:
+        done = await soon(fill.wait())
+        assert (done.state, done.chunks, done.bytes) == (FillState.DONE, 60, mapped.stored_bytes)
+    assert len(b.reader.reads) < 12
+    late = Fill(mapped, b.fetcher, mode=FillMode.WHOLE)
+    late.start()
+    assert (await soon(late.wait())).state is FillState.DONE
+    for fill in fills[1:]:
+        await fill.stop()
+    assert b.arena.leased_bytes == mapped.chunk_bytes
+    await late.stop()
+    assert b.arena.leased_bytes == 0
+    again = Fill(mapped, b.fetcher, mode=FillMode.WHOLE)
+    again.start()
+    assert (await soon(again.wait())).chunks == 60
+    await again.stop()
+
+
 CHILD = """
 import asyncio, pickle, sys
 from pathlib import Path
