@@ -1,4 +1,4 @@
-"""An application layer in three versions, made of the Python files of a real package layer."""
+"""An application layer in several versions, made of the files of a real package layer."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from imagemaker.layout import LayerSource, Settings, write_layout
 
 SOURCE = "usr/lib/python3/dist-packages/numpy/"
 PACKAGE = "app/linalg/"
+UPGRADED = ("app/core/", "app/lib/")
 SCATTERED = 10
 
 
@@ -28,7 +29,8 @@ class Version:
 
 class Application:
     """The first version; one with every Python file of a package changed; one with ten such files
-    changed, here and there; one with every shared object changed.
+    changed, here and there; one with every Python file changed; one with every shared object
+    changed; one with every file of two large packages changed, as by an upgrade.
 
     A change is a line put into the middle of a file.
     """
@@ -48,6 +50,9 @@ class Application:
         self.package = self._version("package", [n for n in sources if n.startswith(PACKAGE)])
         objects = sorted(name for name in files if name.endswith(".so"))
         self.compiled = self._version("compiled", objects)
+        self.sources = self._version("sources", sources)
+        upgraded = [n for n in sorted(files) if n.startswith(UPGRADED) and files[n]]
+        self.upgraded = self._version("upgraded", upgraded)
         self.scattered = self._version("scattered", random.Random(11).sample(sources, SCATTERED))
 
     def _version(self, name: str, paths: list[str]) -> Version:

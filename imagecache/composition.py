@@ -157,6 +157,7 @@ async def build_image(
         Spool(settings.state_dir / "spool"),
         BuildSettings(
             level=settings.build.level,
+            threads=settings.build.threads,
             deadline_seconds=settings.build.deadline_seconds,
             worker_memory_bytes=settings.build.worker_memory_bytes,
         ),

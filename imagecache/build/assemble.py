@@ -50,6 +50,7 @@ def assemble(
     limits: Limits,
     level: int,
     generation: int,
+    threads: int = 0,
     pack_key: PackKey | None = None,
 ) -> AssembledImage:
     """Assembles the image of `layers`, bottom first, each with its index's digest.
@@ -67,6 +68,7 @@ def assemble(
         announce,
         generation=generation,
         level=level,
+        threads=threads,
         least_run_bytes=0,
         pack_key=pack_key,
     )

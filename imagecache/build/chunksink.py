@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -19,7 +20,6 @@ from imagecache.chunks import BLOCK, chunk_digest
 from imagecache.chunks.codec import DEFAULT_LEVEL, ChunkEncoder
 from imagecache.packs.pack import PackWriter
 
-THREADS = 2
 IN_FLIGHT = 32
 """Chunks between submission and the pack: 8 MiB of plaintext at the most."""
 
@@ -59,9 +59,13 @@ class ChunkSink:
         generation: int = 1,
         level: int = DEFAULT_LEVEL,
         least_run_bytes: int = LEAST_RUN_BYTES,
+        threads: int = 0,
         pack_key: PackKey | None = None,
     ) -> None:
-        """`pack_key` seals what is stored; None: packs are written in the clear."""
+        """`pack_key` seals what is stored; None: packs are written in the clear.
+
+        `threads` encode; 0: as many as there are cores.
+        """
         self._pack_key = pack_key
         self._key_id = pack_key.key_id if pack_key is not None else NO_KEY
         self.digests: list[bytes] = []
@@ -75,7 +79,7 @@ class ChunkSink:
         self._generation = generation
         self._places: dict[bytes, tuple[int, int, int, int]] = {}
         self._pack_names: list[bytes] = []
-        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="encode")
+        self._pool = ThreadPoolExecutor(threads or os.cpu_count() or 1, thread_name_prefix="encode")
         self._local = threading.local()
         self._pending: deque[Future[_Hashed]] = deque()
         self._writer: PackWriter | None = None

@@ -59,6 +59,7 @@ class LayerConverter:
         limits: Limits,
         level: int,
         generation: int = 1,
+        threads: int = 0,
         pack_key: PackKey | None = None,
         rule: CutRule = FORMAT_CUT_RULE,
     ) -> None:
@@ -67,7 +68,13 @@ class LayerConverter:
         self._limits = limits
         self._progress = progress
         self._sink = ChunkSink(
-            directory, known, announce, generation=generation, level=level, pack_key=pack_key
+            directory,
+            known,
+            announce,
+            generation=generation,
+            level=level,
+            threads=threads,
+            pack_key=pack_key,
         )
         self._builder = FileTableBuilder(limits)
         self._spool_path = directory / "small"

@@ -167,6 +167,7 @@ class LayerWork:
         job |= {
             "limits": asdict(settings.limits),
             "level": settings.level,
+            "threads": settings.threads,
             "memory_bytes": settings.worker_memory_bytes,
             "generation": self._generation,
             "pack_key": self._pack_key.as_json() if self._pack_key is not None else None,

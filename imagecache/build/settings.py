@@ -14,5 +14,6 @@ class BuildSettings:
 
     limits: Limits = field(default_factory=Limits)
     level: int = DEFAULT_LEVEL
+    threads: int = 0  # that encode chunks; 0: as many as there are cores
     deadline_seconds: float = 3600.0
     worker_memory_bytes: int = 4 << 30

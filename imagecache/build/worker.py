@@ -59,6 +59,7 @@ def run_layer(job: dict[str, Any]) -> dict[str, Any]:
         lambda count: emit("progress", bytes=count),
         limits=_limits(job),
         level=job["level"],
+        threads=job.get("threads", 0),
         generation=job["generation"],
         pack_key=_pack_key(job),
     )
@@ -95,6 +96,7 @@ def run_image(job: dict[str, Any]) -> dict[str, Any]:
         options=job["options"],
         limits=_limits(job),
         level=job["level"],
+        threads=job.get("threads", 0),
         generation=job["generation"],
         pack_key=_pack_key(job),
     )

@@ -45,7 +45,7 @@ class FirstStarts:
         self._live = live
         self._save = save
         self._images: dict[ImageRequest, SpooledImage] = {}
-        self._building = False
+        self._building = 0
 
     def find(self, request: ImageRequest) -> SpooledImage | None:
         """The image of an equal request, if it is being built and can be read."""
@@ -68,14 +68,14 @@ class FirstStarts:
             log.info("%s can be read; it is not stored yet", request.reference)
             readable()
 
-        self._building = True
+        self._building += 1
         try:
             yield SpoolServing(self.packs, on_readable)
         except BaseException as error:
             self._failed(self._images.get(request), error)
             raise
         finally:
-            self._building = False
+            self._building -= 1
             self._images.pop(request, None)
             await self.release()
 
