@@ -48,7 +48,7 @@ def make_tree(directory: Path) -> Path:
 
 def make_erofs(tree: Path, image: Path) -> Path:
     """The tree as an EROFS image, by erofs-utils."""
-    subprocess.run(["mkfs.erofs", "--quiet", str(image), str(tree)], check=True)
+    subprocess.run(["mkfs.erofs", "--quiet", str(image), str(tree)], check=True, timeout=300)
     return image
 
 

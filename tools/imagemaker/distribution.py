@@ -26,6 +26,8 @@ _EXCLUDED = (
     "/usr/share/lintian/*",
 )
 _FORMAT = 1
+# Package scripts and mirrors can hang; `timeout` ends the whole process group.
+_DEADLINE = ("timeout", "--signal=KILL", "900")
 
 
 class MakeImageError(Exception):
@@ -99,7 +101,7 @@ def root_tar(cache: Path, packages: Sequence[str], *, variant: str = "minbase") 
         environment = os.environ | {"SOURCE_DATE_EPOCH": str(EPOCH), "LC_ALL": "C.UTF-8"}
         for attempt in (1, 2, 3):
             outcome = subprocess.run(
-                command, check=False, capture_output=True, text=True, env=environment
+                [*_DEADLINE, *command], check=False, capture_output=True, text=True, env=environment
             )
             if outcome.returncode == 0:
                 break
@@ -159,7 +161,7 @@ def wheels_tree(cache: Path, requirements: Sequence[str]) -> Path:
         command = [str(Path(__file__).parents[2] / ".venv/bin/python"), "-m", "pip"]
     command += ["install", "--quiet", "--no-compile", "--only-binary=:all:", "--retries=5"]
     command += ["--target", str(partial), *requirements]
-    outcome = subprocess.run(command, check=False, capture_output=True, text=True)
+    outcome = subprocess.run([*_DEADLINE, *command], check=False, capture_output=True, text=True)
     if outcome.returncode:
         raise MakeImageError(f"pip failed ({', '.join(requirements)}):\n{outcome.stderr[-2000:]}")
     partial.rename(target)
