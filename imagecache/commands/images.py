@@ -10,11 +10,12 @@ from typing import Any
 import click
 
 from imagecache.blockimage.keys import ImageKey
-from imagecache.blockimage.records import AliasRecord, RootRecord
+from imagecache.blockimage.records import RootRecord
 from imagecache.catalog import Catalog
 from imagecache.composition import alias_name, opened_catalog
 from imagecache.errors import NotFound
 from imagecache.facechoice import FaceChoice
+from imagecache.imagelist import listed_images
 from imagecache.oci.reference import parse_reference
 from imagecache.session import Session, json_option
 from imagecache.terminal import size_text, table_text
@@ -43,28 +44,11 @@ async def find_root(catalog: Catalog, image: str, choice: FaceChoice) -> RootRec
 def images(session: Session) -> None:
     """List the images of the realm with their names."""
 
-    async def gather() -> tuple[list[RootRecord], list[AliasRecord]]:
+    async def gather() -> list[dict[str, Any]]:
         async with opened_catalog(session.settings) as (_, catalog):
-            return [root async for root in catalog.roots()], await catalog.aliases()
+            return await listed_images(catalog)
 
-    roots, aliases = asyncio.run(gather())
-    names: dict[str, list[str]] = {}
-    for alias in aliases:
-        names.setdefault(alias.image, []).append(alias.name)
-    answer: list[dict[str, Any]] = [
-        {
-            "names": names.get(root.image, []),
-            "image": root.image,
-            "block_image": root.block_image,
-            "fs": root.face,
-            "platform": root.platform,
-            "size_bytes": root.size_bytes,
-            "packed_bytes": root.packed_bytes,
-            "chunks": root.chunks,
-            "layers": len(root.layers),
-        }
-        for root in sorted(roots, key=lambda root: (names.get(root.image, ["~"]), root.image))
-    ]
+    answer = asyncio.run(gather())
     rows = [("NAME", "IMAGE", "FS", "DISK", "STORED", "CHUNKS")]
     rows += [
         (

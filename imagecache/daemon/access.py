@@ -60,6 +60,11 @@ class Caller:
         if self.role < role:
             raise Denied(f"{what} needs the role {role.name.lower()}", remedy="another token")
 
+    def require_whole(self, what: str) -> None:
+        """Raises Denied for a caller with an owner: what is told of the host is of all owners."""
+        if self.owner:
+            raise Denied(f"{what} are of all owners", remedy="a token without an owner")
+
     def sees(self, owner: str) -> bool:
         """Whether what this owner made exists for the caller."""
         return not self.owner or owner == self.owner

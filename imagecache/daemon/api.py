@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 
 from aiohttp import web
@@ -10,16 +11,23 @@ from imagecache.daemon.access import Caller, Role, Tokens, hidden
 from imagecache.daemon.bodies import Field, checked, decoded, query_values
 from imagecache.daemon.exports import LiveExport
 from imagecache.daemon.gate import MAX_BODY, Gate
+from imagecache.daemon.liveroutes import LiveRoutes
 from imagecache.daemon.metrics import exposition
 from imagecache.daemon.naming import FACE, PLATFORM, requested
 from imagecache.daemon.openapi import document
 from imagecache.daemon.operations import Call, Operation, operation, operations_of
 from imagecache.daemon.preloadroutes import PreloadRoutes
+from imagecache.daemon.realmroutes import RealmRoutes
 from imagecache.daemon.service import ExportRequest, Service
+from imagecache.daemon.upgrade import Upgrade
+from imagecache.daemon.upgraderoutes import UpgradeRoutes
+from imagecache.daemon.watched import Timings, Watched
+from imagecache.explain.page import figures_html, page_html
 from imagecache.settings import FILLS
 
 GATE: web.AppKey[Gate] = web.AppKey("gate", Gate)
 MAX_RECORD_SECONDS = 3600.0
+START_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
 
 _IMAGE = Field("image", "text", "A reference, as `cubecache preload` takes it.", required=True)
 _EXPORT = (
@@ -30,28 +38,58 @@ _EXPORT = (
     Field("name", "text", "The export's name.", most=128, pattern="[A-Za-z0-9][A-Za-z0-9._-]*"),
     Field("fill", "text", "How much to fetch in the background.", choices=FILLS),
     Field("record", "flag", "Record what the start reads."),
+    Field("writable", "flag", "Over an overlay of its own, which ends with the export."),
 )
 _RECORDING = (Field("seconds", "number", "Its length.", least=0.001, most=MAX_RECORD_SECONDS),)
+_PART = (
+    Field(
+        "part",
+        "text",
+        "The whole page, or its figures without style.",
+        choices=("page", "figures"),
+    ),
+)
 _FORCE = (Field("force", "flag", "Even while clients are attached; admin only."),)
 
 
-def application(service: Service, tokens: Tokens | None = None) -> web.Application:
+def application(
+    service: Service, tokens: Tokens | None = None, upgrade: Upgrade | None = None
+) -> web.Application:
     """The API over one service; without tokens nobody gets in over TCP."""
     gate = Gate(tokens or Tokens(), Role.parse(service.settings.api.group_role))
-    handlers = operations_of(Routes(service)) + operations_of(PreloadRoutes(service))
+    watched = Watched(service)
+    handlers = [
+        handler
+        for routes in (
+            Routes(service, watched),
+            PreloadRoutes(service, watched.streams),
+            RealmRoutes(service),
+            LiveRoutes(service, watched),
+            UpgradeRoutes(upgrade or Upgrade(service)),
+        )
+        for handler in operations_of(routes)
+    ]
     app = web.Application(middlewares=[gate.middleware], client_max_size=MAX_BODY)
     app[GATE] = gate
+    app.on_response_prepare.append(gate.mark)
+    app.on_shutdown.append(watched.streams.end)
+    app.cleanup_ctx.append(watched.run)
     for declared, handler in handlers:
-        app.router.add_route(declared.method, declared.path, _admitted(gate, declared, handler))
+        app.router.add_route(
+            declared.method, declared.path, _admitted(gate, watched.timings, declared, handler)
+        )
     return app
 
 
 def _admitted(
-    gate: Gate, declared: Operation, handler: Callable[[Call], Awaitable[web.StreamResponse]]
+    gate: Gate,
+    timings: Timings,
+    declared: Operation,
+    handler: Callable[[Call], Awaitable[web.StreamResponse]],
 ) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
     """The handler behind its declaration: role, body, query, repeats."""
 
-    async def handle(request: web.Request) -> web.StreamResponse:
+    async def admit(request: web.Request) -> web.StreamResponse:
         if declared.role is None:
             return await handler(Call(request, caller=_NOBODY))
         caller = gate.caller(request)
@@ -65,6 +103,10 @@ def _admitted(
             request, caller, raw, lambda _: handler(Call(request, caller, body, query))
         )
 
+    async def handle(request: web.Request) -> web.StreamResponse:
+        with timings.of(declared.identity):
+            return await admit(request)
+
     return handle
 
 
@@ -74,8 +116,9 @@ _NOBODY = Caller("nobody", Role.READ)
 class Routes:
     """One method per operation."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, watched: Watched) -> None:
         self._service = service
+        self._watched = watched
 
     def _export_of(self, call: Call) -> LiveExport:
         """The named export, if the caller may know of it."""
@@ -102,14 +145,16 @@ class Routes:
         return web.json_response(document(declared_operations()))
 
     @operation("GET", "/metrics", role=Role.READ, answers={200: "text/plain"})
-    async def metrics(self, _: Call) -> web.Response:
-        """Metrics in Prometheus' text format."""
-        return web.Response(text=exposition(self._service), content_type="text/plain")
+    async def metrics(self, call: Call) -> web.Response:
+        """Metrics in Prometheus' text format; for an owner, of its own exports and jobs only."""
+        text = exposition(self._service, self._watched, call.caller)
+        return web.Response(text=text, content_type="text/plain")
 
     @operation("GET", "/v1/status", role=Role.READ, answers={200: "Status"})
-    async def status(self, _: Call) -> web.Response:
+    async def status(self, call: Call) -> web.Response:
         """What the daemon is doing."""
-        return web.json_response(self._service.status())
+        seen = [x for x in self._service.exports() if call.caller.sees(x.record.owner or "")]
+        return web.json_response(self._service.status() | {"exports": len(seen)})
 
     @operation("GET", "/v1/exports", role=Role.READ, answers={200: "Exports"})
     async def exports(self, call: Call) -> web.Response:
@@ -138,6 +183,7 @@ class Routes:
             body["fill"],
             record=bool(body["record"]),
             owner=call.caller.owner,
+            writable=bool(body["writable"]),
         )
         before = self._service.exports()
         export = await self._service.export(wanted)
@@ -180,6 +226,23 @@ class Routes:
         return web.json_response(await start.explain())
 
     @operation(
+        "GET",
+        "/v1/exports/{name}/start/page",
+        role=Role.READ,
+        query=_PART,
+        answers={200: "text/html"},
+        problems=(404, 502, 503),
+    )
+    async def start_page(self, call: Call) -> web.Response:
+        """The same with the waterfall and the map of the disk, as one HTML page without script."""
+        start = self._service.start_of(self._export_of(call).record.name)
+        report = await start.explain()
+        made = figures_html if call.query["part"] == "figures" else page_html
+        answer = web.Response(text=await asyncio.to_thread(made, report), content_type="text/html")
+        answer.headers["Content-Security-Policy"] = START_POLICY
+        return answer
+
+    @operation(
         "POST",
         "/v1/exports/{name}/recording",
         role=Role.PRELOAD,
@@ -208,5 +271,5 @@ class Routes:
 
 def declared_operations() -> list[Operation]:
     """Every operation of the API, without a service."""
-    kinds = (Routes, PreloadRoutes)
+    kinds = (Routes, PreloadRoutes, RealmRoutes, LiveRoutes, UpgradeRoutes)
     return [item for kind in kinds for item, _ in operations_of(kind.__new__(kind))]

@@ -17,8 +17,9 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 from imagecache.daemon.access import Caller, Role, Tokens, peer_caller
-from imagecache.daemon.problems import http_problem, problem
+from imagecache.daemon.problems import REQUEST_ID, http_problem, problem
 from imagecache.errors import Busy, CubecacheError, Denied, Rejected, UsageError
+from imagecache.logcontext import about
 
 logger = logging.getLogger(__name__)
 
@@ -61,36 +62,42 @@ class Gate:
             identity = request.headers.get("X-Request-Id", "")
             if not _KEY.fullmatch(identity):
                 identity = uuid4().hex
+            request[REQUEST_ID] = identity
             self._serving.add(request.protocol)
             try:
-                answer = await self._answered(request, handler, identity)
+                with about(request=identity):
+                    answer = await self._answered(request, handler)
             finally:
                 self._serving.discard(request.protocol)
                 self._seen[request.protocol] = asyncio.get_running_loop().time()
-            answer.headers["X-Request-Id"] = identity
-            answer.headers["Cache-Control"] = "no-store"
-            answer.headers["X-Content-Type-Options"] = "nosniff"
             return answer
 
         return pass_through
 
-    async def _answered(
-        self, request: web.Request, handler: Handler, identity: str
-    ) -> web.StreamResponse:
+    async def mark(self, request: web.Request, answer: web.StreamResponse) -> None:
+        """The headers of every answer; for the application's `on_response_prepare`."""
+        answer.headers["X-Request-Id"] = request.get(REQUEST_ID, "")
+        answer.headers["Cache-Control"] = "no-store"
+        answer.headers["X-Content-Type-Options"] = "nosniff"
+        answer.headers["Referrer-Policy"] = "no-referrer"
+        answer.headers.setdefault("Content-Security-Policy", "default-src 'none'")
+
+    async def _answered(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
             if "Origin" in request.headers:
                 # Browsers name the page that made a request; none of ours needs to.
                 raise Denied("requests of web pages are not answered")
             return await handler(request)
         except CubecacheError as error:
-            return problem(error)
+            return problem(error, request=request.get(REQUEST_ID))
         except web.HTTPException as error:
             return http_problem(request, error)
         except Exception as error:
-            logger.exception(
-                "%s %s failed", request.method, request.path, extra={"request": identity}
+            logger.exception("%s %s failed", request.method, request.path)
+            told = CubecacheError(
+                f"internal error: {type(error).__name__}", remedy="see the daemon's log"
             )
-            return problem(CubecacheError(f"internal error: {type(error).__name__}"))
+            return problem(told, request=request.get(REQUEST_ID))
 
     async def body(self, request: web.Request) -> bytes:
         """A JSON body, within its limits of size and time."""
@@ -123,7 +130,7 @@ class Gate:
         try:
             answer = await work(request)
         except CubecacheError as error:
-            answer = problem(error)
+            answer = problem(error, request=request.get(REQUEST_ID))
         except BaseException:
             del self._answers[place]
             kept.set_exception(Busy(f"the request with Idempotency-Key {key} was cut short"))

@@ -1,7 +1,8 @@
 """The daemon's log: text or JSON lines on stderr, escaped, and bounded in rate.
 
 What strangers wrote (names, headers) may be in a message: control characters are escaped in both
-formats. A record that carries `request`, `export` or `job` (by `extra`) keeps it as a field.
+formats. What `imagecache.logcontext` says that a line is about (request, export, job, owner), or
+what the record carries by `extra`, is a field of it.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import sys
 import time
 from collections.abc import Callable
 
+from imagecache.logcontext import FIELDS, current
 from imagecache.sections import LogSection
 
-_FIELDS = ("request", "export", "job", "owner")
 LINES_PER_WINDOW = 50
 WINDOW_SECONDS = 10.0
 _PACKAGES = ("imagecache", "nbdserver", "preload")
@@ -78,7 +79,8 @@ class JsonFormatter(logging.Formatter):
 
 
 def _fields(record: logging.LogRecord) -> dict[str, object]:
-    return {name: getattr(record, name) for name in _FIELDS if getattr(record, name, None)}
+    given = {name: getattr(record, name) for name in FIELDS if getattr(record, name, None)}
+    return {**current(), **given}
 
 
 def _escaped(text: str) -> str:

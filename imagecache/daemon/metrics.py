@@ -14,7 +14,9 @@ from imagecache.store.base import Priority
 from preload.jobs import JobState
 
 if TYPE_CHECKING:
+    from imagecache.daemon.access import Caller
     from imagecache.daemon.service import Service
+    from imagecache.daemon.watched import Watched
 
 # Metric, field of nbdserver's Counters, help. A help text says what a high value means.
 _NBD = (
@@ -68,8 +70,10 @@ _EXPORT = (
 
 
 class _Collector:
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, watched: Watched | None, caller: Caller | None) -> None:
         self._service = weakref.ref(service)
+        self._watched = watched
+        self._caller = caller
 
     def collect(self) -> Iterator[Metric]:
         service = self._service()
@@ -146,8 +150,10 @@ def _gauge(name: str, text: str, value: float) -> Metric:
     return family
 
 
-def exposition(service: Service) -> str:
-    """The text format of all metrics."""
+def exposition(
+    service: Service, watched: Watched | None = None, caller: Caller | None = None
+) -> str:
+    """The text format of all metrics; for a caller with an owner, of its exports and jobs only."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Collector(service))
+    registry.register(_Collector(service, watched, caller))
     return generate_latest(registry).decode()

@@ -14,12 +14,14 @@ from typing import Any
 from imagecache.daemon.bodies import body_schema
 from imagecache.daemon.operations import JSON, Operation
 
+EVENTS = "text/event-stream"
 PROBLEM = "application/problem+json"
 _COUNT: dict[str, Any] = {"type": "integer", "minimum": 0}
 _TEXT: dict[str, Any] = {"type": "string"}
 _MAYBE_TEXT: dict[str, Any] = {"type": ["string", "null"]}
 _NUMBER: dict[str, Any] = {"type": "number"}
 _FLAG: dict[str, Any] = {"type": "boolean"}
+_TEXTS: dict[str, Any] = {"type": "array", "items": _TEXT}
 _OBJECT: dict[str, Any] = {"type": "object"}
 _MAYBE_OBJECT: dict[str, Any] = {"type": ["object", "null"]}
 
@@ -42,6 +44,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         kind=_TEXT,
         message=_TEXT,
         remedy=_MAYBE_TEXT,
+        request=_TEXT,
     ),
     "Health": _record(status=_TEXT),
     "Status": _record(
@@ -57,6 +60,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         block_image=_TEXT,
         fs=_TEXT,
         size_bytes=_COUNT,
+        writable=_FLAG,
         clients=_COUNT,
         state={"enum": ["serving", "failed"]},
         failure=_MAYBE_TEXT,
@@ -95,7 +99,60 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         seconds_estimate={"type": ["number", "null"]},
     ),
     "Plans": _list("plans", "Plan"),
+    "Image": _record(
+        names=_TEXTS,
+        image=_TEXT,
+        block_image=_TEXT,
+        fs=_TEXT,
+        platform=_TEXT,
+        size_bytes=_COUNT,
+        packed_bytes=_COUNT,
+        chunks=_COUNT,
+        layers=_COUNT,
+    ),
+    "Images": _list("images", "Image"),
+    "Dropped": _record(image=_TEXT, dropped=_TEXTS),
+    "Profile": _record(
+        image=_TEXT,
+        repository=_TEXT,
+        own=_FLAG,
+        recordings=_COUNT,
+        files=_COUNT,
+        bytes=_COUNT,
+        boot_pack=_MAYBE_OBJECT,
+    ),
+    "Pin": _record(image=_TEXT, name=_TEXT, ttl_seconds=_COUNT, seconds_left=_COUNT),
+    "Pins": _list("pins", "Pin"),
+    "Lease": _record(
+        purpose={"enum": ["build", "read", "collect"]},
+        holder=_TEXT,
+        images=_TEXTS,
+        ttl_seconds=_COUNT,
+        seconds_left=_COUNT,
+    ),
+    "Leases": _list("leases", "Lease"),
+    "Cache": _record(
+        arena=_OBJECT, reads=_OBJECT, fetched=_OBJECT, sources=_OBJECT, loop=_MAYBE_OBJECT
+    ),
+    "Store": _record(
+        url=_TEXT,
+        realm=_TEXT,
+        generations={"type": "array", "items": _record(number=_COUNT, state=_TEXT)},
+        reads=_OBJECT,
+    ),
+    "Account": _record(
+        images={"type": "array", "items": _OBJECT},
+        logical_bytes=_COUNT,
+        unique_bytes=_COUNT,
+        stored_bytes=_COUNT,
+        dedup=_NUMBER,
+        objects=_COUNT,
+        packs=_COUNT,
+        pack_bytes=_COUNT,
+        garbage_pack_bytes=_COUNT,
+    ),
     "OpenApi": _OBJECT,
+    "Upgrade": _record(pid=_COUNT),
 }
 
 
@@ -124,6 +181,8 @@ def document(operations: Iterable[Operation]) -> dict[str, Any]:
 
 def _operation(item: Operation) -> dict[str, Any]:
     answers = {str(status): _answer(kind) for status, kind in item.answers.items()}
+    if item.streams:
+        answers["200"]["content"][EVENTS] = {"schema": {"type": "string"}}
     problems = set(item.problems)
     if item.role is not None:
         problems |= {400, 401, 403}

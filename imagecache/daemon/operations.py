@@ -35,7 +35,10 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One method on one path; `answers` maps a status to a schema's name or a media type."""
+    """One method on one path; `answers` maps a status to a schema's name or a media type.
+
+    One that `streams` answers 200 as server-sent events too, where a client accepts them.
+    """
 
     method: str
     path: str
@@ -46,6 +49,7 @@ class Operation:
     query: tuple[Field, ...]
     answers: Mapping[int, str | None]
     problems: tuple[int, ...]
+    streams: bool = False
 
 
 Handler = Callable[[Any, Call], Awaitable[web.StreamResponse]]
@@ -61,13 +65,14 @@ def operation(
     query: tuple[Field, ...] = (),
     answers: Mapping[int, str | None],
     problems: tuple[int, ...] = (),
+    streams: bool = False,
 ) -> Callable[[H], H]:
     """Declares a handler; its docstring is the summary. `role` None: nobody needs to be known."""
 
     def declare(handler: H) -> H:
         summary = (handler.__doc__ or "").strip()
         declared = Operation(
-            method, path, handler.__name__, summary, role, body, query, answers, problems
+            method, path, handler.__name__, summary, role, body, query, answers, problems, streams
         )
         handler.operation = declared  # type: ignore[attr-defined]  # a mark on a function
         return handler

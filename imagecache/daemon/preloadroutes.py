@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+
 from aiohttp import web
 
 from imagecache.daemon.access import Role, hidden
 from imagecache.daemon.bodies import Field
+from imagecache.daemon.eventstream import BEAT_SECONDS, EventStreams, wanted
 from imagecache.daemon.naming import FACE, PLATFORM, requested
 from imagecache.daemon.operations import Call, operation
 from imagecache.daemon.service import Service
 from preload.jobs import Job
 from preload.planning import experience, look
 
+MAX_WATCH_SECONDS = 86_400.0
+STEP_SECONDS = 0.2
 MAX_PIN_SECONDS = 366 * 86400
 _IMAGES = Field("images", "texts", "References, as `cubecache preload` takes them.", required=True)
 _PLAN = (
@@ -35,8 +41,9 @@ _WAIT = (
 class PreloadRoutes:
     """One method per operation."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, streams: EventStreams) -> None:
         self._service = service
+        self._streams = streams
 
     def _jobs(self, call: Call) -> list[Job]:
         return [job for job in self._service.jobs.jobs() if call.caller.sees(job.owner)]
@@ -97,15 +104,30 @@ class PreloadRoutes:
         role=Role.READ,
         query=_WAIT,
         answers={200: "Preload"},
-        problems=(404,),
+        streams=True,
+        problems=(404, 503),
     )
-    async def preload_state(self, call: Call) -> web.Response:
-        """One job; with `wait`, once it changed."""
+    async def preload_state(self, call: Call) -> web.StreamResponse:
+        """One job; with `wait`, once it changed; as `Accept: text/event-stream`, until it ends."""
         job = self._job_of(call)
+        if wanted(call.request):
+            return await self._watched(call, job)
         if call.query["wait"]:
             since = call.query["since"]
             await job.watch(-1 if since is None else int(since), call.query["wait"])
         return web.json_response(job.as_json())
+
+    async def _watched(self, call: Call, job: Job) -> web.StreamResponse:
+        async with self._streams.begin(call.request) as stream:
+            until = time.monotonic() + MAX_WATCH_SECONDS
+            while True:
+                version = job.version
+                await stream.send("preload", job.as_json())
+                if job.ended or time.monotonic() > until:
+                    break
+                await job.watch(version, BEAT_SECONDS)
+                await asyncio.sleep(STEP_SECONDS)  # a build reports more often than people read
+        return stream.answer
 
     @operation(
         "DELETE",

@@ -24,6 +24,8 @@ from imagecache.errors import (
 )
 from preload.jobs import QueueFull
 
+REQUEST_ID: web.RequestKey[str] = web.RequestKey("request_id", str)
+
 # The first row that matches decides.
 HTTP_STATUSES: tuple[tuple[type[CubecacheError], int], ...] = (
     (Unauthenticated, 401),
@@ -47,12 +49,16 @@ def status_of(error: CubecacheError) -> int:
     return next(status for kind, status in HTTP_STATUSES if isinstance(error, kind))
 
 
-def problem(error: CubecacheError, status: int | None = None) -> web.Response:
-    """An error as a problem document with the error's kind and remedy."""
+def problem(
+    error: CubecacheError, status: int | None = None, *, request: str | None = None
+) -> web.Response:
+    """An error as a problem document with the error's kind and remedy, and the request's id."""
     status = status or status_of(error)
     record = as_record(error)
     body: dict[str, Any] = {"type": "about:blank", "title": record["kind"], "status": status}
     body |= record | {"detail": record["message"]}
+    if request:
+        body["request"] = request
     answer = web.json_response(body, status=status, content_type="application/problem+json")
     if status == 401:
         answer.headers["WWW-Authenticate"] = "Bearer"
@@ -65,7 +71,8 @@ def http_problem(request: web.Request, error: web.HTTPException) -> web.Response
     """What aiohttp itself refused (no route, wrong method, too large), as a problem document."""
     kinds: dict[int, type[CubecacheError]] = {404: NotFound, 413: LimitExceeded}
     kind = kinds.get(error.status, UsageError)
-    answer = problem(kind(f"{request.method} {request.path[:200]}: {error.reason}"), error.status)
+    told = kind(f"{request.method} {request.path[:200]}: {error.reason}")
+    answer = problem(told, error.status, request=request.get(REQUEST_ID))
     if "Allow" in error.headers:
         answer.headers["Allow"] = error.headers["Allow"]
     return answer

@@ -27,37 +27,55 @@ _COLOURS = {
     "first-use": "#2e86c1",
     "copy": "#5d6d7e",
 }
-_STYLE = """
+_PAGE_STYLE = """
 :root{color-scheme:light dark;--ink:#1c2733;--soft:#66727f;--line:#d5dbe1;--paper:#fff;
 --card:#f5f7f9}
 @media(prefers-color-scheme:dark){:root{--ink:#e4e9ee;--soft:#93a0ad;--line:#33404d;
 --paper:#12181f;--card:#1a222b}}
 body{font:14px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);margin:2rem auto;
 max-width:1120px;padding:0 1rem}
-h1{font-size:1.25rem;margin:0}h2{font-size:1rem;margin:2rem 0 .4rem}p{margin:.3rem 0}
-.soft{color:var(--soft)}.cards{display:flex;flex-wrap:wrap;gap:.6rem;margin:1rem 0}
-.card{background:var(--card);border-radius:6px;padding:.5rem .9rem;min-width:8rem}
-.card b{display:block;font-size:1.15rem}
-svg{display:block;width:100%;height:auto;background:var(--card);border-radius:6px}
-svg text{font:10px system-ui,sans-serif;fill:var(--soft)}
-.grid{stroke:var(--line);stroke-width:1}.hit{fill:#229954}.miss{fill:#c0392b}.ahead{fill:#85c1e9}
-table{border-collapse:collapse;width:100%}td,th{text-align:left;padding:.15rem .7rem .15rem 0;
-border-bottom:1px solid var(--line);vertical-align:top}td.n,th.n{text-align:right}
-td.f{word-break:break-all;font-family:ui-monospace,monospace;font-size:12px}
-.key i{display:inline-block;width:.8em;height:.8em;border-radius:2px;margin:0 .3em 0 1em}
 """
+FIGURE_STYLE = """
+.start h1{font-size:1.25rem;margin:0}.start h2{font-size:1rem;margin:2rem 0 .4rem}
+.start p{margin:.3rem 0}
+.start .soft{color:var(--soft)}.start .cards{display:flex;flex-wrap:wrap;gap:.6rem;margin:1rem 0}
+.start .card{background:var(--card);border-radius:6px;padding:.5rem .9rem;min-width:8rem}
+.start .card b{display:block;font-size:1.15rem}
+.start .figure{overflow-x:auto}
+.start svg{display:block;width:100%;min-width:640px;height:auto;background:var(--card);
+border-radius:6px}
+.start svg text{font:10px system-ui,sans-serif;fill:var(--soft)}
+.start .grid{stroke:var(--line);stroke-width:1}
+.start table{border-collapse:collapse;width:100%}
+.start td,.start th{text-align:left;padding:.15rem .7rem .15rem 0;
+border-bottom:1px solid var(--line);vertical-align:top}.start td.n,.start th.n{text-align:right;
+white-space:nowrap}
+.start td.f{word-break:break-all;font-family:ui-monospace,monospace;font-size:12px}
+.start .key i{display:inline-block;width:.8em;height:.8em;border-radius:2px;margin:0 .3em 0 1em}
+.start .hit{fill:#229954;background:#229954}.start .miss{fill:#c0392b;background:#c0392b}
+.start .ahead{fill:#85c1e9;background:#85c1e9}
+""" + "".join(
+    f".start .{cause}{{fill:{colour};background:{colour}}}\n" for cause, colour in _COLOURS.items()
+)
+"""What the page's `main.start` needs, for other pages that show it too."""
 
 
 def page_html(report: dict[str, Any]) -> str:
     """The whole page."""
-    title = f"Start of {report['export']}"
-    parts = [
-        "<!doctype html><html lang=en><head><meta charset=utf-8>",
-        "<meta name=viewport content='width=device-width,initial-scale=1'>",
+    return (
+        "<!doctype html><html lang=en><head><meta charset=utf-8>"
+        "<meta name=viewport content='width=device-width,initial-scale=1'>"
         "<meta http-equiv=Content-Security-Policy "
-        "content=\"default-src 'none'; style-src 'unsafe-inline'\">",
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>",
-        f"<h1>{escape(title)}</h1>",
+        "content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        f"<title>{escape(_title(report))}</title><style>{_PAGE_STYLE}{FIGURE_STYLE}"
+        f"</style></head><body>{figures_html(report)}</body></html>\n"
+    )
+
+
+def figures_html(report: dict[str, Any]) -> str:
+    """The page's `main.start` alone, without style; FIGURE_STYLE is what it needs."""
+    parts = [
+        f"<main class=start><h1>{escape(_title(report))}</h1>",
         f"<p class=soft>{escape(_printable(report['reference']))} &middot; "
         f"{escape(report['image'])} &middot; {escape(report['begun'])}</p>",
         f"<p>{escape(verdict(report))}</p><p>{escape(counterfactual_text(report))}</p>",
@@ -73,9 +91,13 @@ def page_html(report: dict[str, Any]) -> str:
         _files(report),
         "<h2>The longest waits</h2>",
         _stalls(report),
-        "</body></html>\n",
+        "</main>",
     ]
     return "".join(parts)
+
+
+def _title(report: dict[str, Any]) -> str:
+    return f"Start of {report['export']}"
 
 
 def _printable(text: str) -> str:
@@ -100,9 +122,7 @@ def _cards(report: dict[str, Any]) -> str:
 
 
 def _key() -> str:
-    items = "".join(
-        f"<i style='background:{colour}'></i>{cause}" for cause, colour in _COLOURS.items()
-    )
+    items = "".join(f"<i class={cause}></i>{cause}" for cause in _COLOURS)
     return f"<p class='soft key'>{items}</p>"
 
 
@@ -140,14 +160,14 @@ def _waterfall(report: dict[str, Any]) -> str:
         )
         bars.append(
             f"<rect x={left:.1f} y={18 + row * _ROW} width={max(1.0, right - left):.1f} "
-            f"height={_ROW - 1} fill='{_COLOURS[stall['cause']]}'>"
+            f"height={_ROW - 1} class={stall['cause']}>"
             f"<title>{escape(tip)}</title></rect>"
         )
     left_out = report["stalls"]["count"] - len(stalls)
     note = f"<p class=soft>{left_out} shorter waits are not drawn.</p>" if left_out else ""
     return (
-        f"<svg viewBox='0 0 {_WIDTH} {height}' role=img aria-label=waits>"
-        f"{_axis(total, height)}{''.join(bars)}</svg>{note}"
+        f"<div class=figure><svg viewBox='0 0 {_WIDTH} {height}' role=img aria-label=waits>"
+        f"{_axis(total, height)}{''.join(bars)}</svg></div>{note}"
     )
 
 
@@ -156,7 +176,7 @@ def _dots(report: dict[str, Any]) -> str:
     step = max(1, -(-len(reads) // _MAX_DOTS))
     total, size = _total(report), max(1, report["map"]["size_bytes"])
     height = _DOTS_HEIGHT + 20
-    parts = [f"<svg viewBox='0 0 {_WIDTH} {height}' role=img aria-label=reads>"]
+    parts = [f"<div class=figure><svg viewBox='0 0 {_WIDTH} {height}' role=img aria-label=reads>"]
     parts.append(_axis(total, height))
     for region in report["map"]["regions"]:
         y = 16 + _DOTS_HEIGHT * region["start"] / size
@@ -166,8 +186,8 @@ def _dots(report: dict[str, Any]) -> str:
         y = 16 + _DOTS_HEIGHT * offset / size
         kind = "hit" if hit else "miss"
         parts.append(f"<circle class={kind} cx={_x(at, total):.1f} cy={y:.1f} r=1.6 />")
-    parts.append("</svg><p class='soft key'><i class=hit style='background:#229954'></i>here")
-    parts.append("<i style='background:#c0392b'></i>waited for</p>")
+    parts.append("</svg></div><p class='soft key'><i class=hit></i>here")
+    parts.append("<i class=miss></i>waited for</p>")
     return "".join(parts)
 
 
@@ -179,7 +199,10 @@ def _map(report: dict[str, Any]) -> str:
     rows = -(-count // columns)
     cells = {cell["cell"]: cell for cell in disk["cells"]}
     ahead = set(disk["ahead"])
-    parts = [f"<svg viewBox='0 0 {_WIDTH} {rows * side + 8:.0f}' role=img aria-label=map>"]
+    parts = [
+        f"<div class=figure><svg viewBox='0 0 {_WIDTH} {rows * side + 8:.0f}' role=img "
+        "aria-label=map>"
+    ]
     for number in range(count):
         cell = cells.get(number)
         if cell is None and number not in ahead:
@@ -199,11 +222,11 @@ def _map(report: dict[str, Any]) -> str:
             f"<rect class={kind} x={x:.1f} y={y:.1f} width={side - 1:.1f} height={side - 1:.1f} "
             f"opacity={strength:.2f}><title>{escape(tip)}</title></rect>"
         )
-    parts.append("</svg>")
+    parts.append("</svg></div>")
     parts.append(
         f"<p class='soft key'>One cell is {size_text(disk['cell_bytes'])}."
-        "<i style='background:#229954'></i>read, was here<i style='background:#c0392b'></i>read, "
-        "mostly waited for<i style='background:#85c1e9'></i>brought ahead, not read</p>"
+        "<i class=hit></i>read, was here<i class=miss></i>read, "
+        "mostly waited for<i class=ahead></i>brought ahead, not read</p>"
     )
     return "".join(parts)
 
@@ -226,4 +249,4 @@ def _stalls(report: dict[str, Any]) -> str:
         for x in report["stalls"]["longest"]
     )
     head = "<th class=n>At<th class=n>Waited<th class=n>Disk offset<th class=n>Bytes<th>Cause"
-    return f"<table><tr>{head}<th>From<th>File{rows}</table>"
+    return f"<div class=figure><table><tr>{head}<th>From<th>File{rows}</table></div>"

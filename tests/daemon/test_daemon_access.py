@@ -1,86 +1,26 @@
 """Who may do what over the control API: tokens, roles, owners, web pages, internal hosts."""
 
 import asyncio
-import contextlib
-import dataclasses
-import hashlib
 import logging
 import socket
 import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 import pytest
 import trustme
+from kits.httpapi import Remote, free_port, served, write_tokens
 
 from imagecache.daemon.access import Role, Tokens, Unauthenticated, peer_caller
 from imagecache.daemon.naming import require_public
-from imagecache.daemon.serve import serve
 from imagecache.errors import Denied, Unavailable, UsageError
 from imagecache.settings import ApiSection, Settings
-
-SECRETS = {"reader": ("read", ""), "a": ("preload", "team-a"), "b": ("preload", "team-b")}
-SECRETS |= {"boss": ("admin", "")}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@contextlib.asynccontextmanager
-async def served(where: Settings, api: ApiSection) -> AsyncIterator[None]:
-    ready = asyncio.Event()
-    settings = dataclasses.replace(where, api=api)
-    task = asyncio.create_task(serve(settings, lambda _: ready.set()))
-    waiting = asyncio.create_task(ready.wait())
-    await asyncio.wait({task, waiting}, return_when="FIRST_COMPLETED")
-    waiting.cancel()
-    if task.done():
-        await task
-    try:
-        yield
-    finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
 
 
 @pytest.fixture
 def tokens_file(tmp_path: Path) -> Path:
-    path = tmp_path / "tokens.toml"
-    path.write_text(
-        "".join(
-            f'[tokens.{name}]\nrole = "{role}"\n'
-            f'sha256 = "{hashlib.sha256(name.encode() * 9).hexdigest()}"\n'
-            + (f'owner = "{owner}"\n' if owner else "")
-            for name, (role, owner) in SECRETS.items()
-        )
-    )
-    return path
-
-
-class Remote:
-    """The API over TCP, as whoever has a token."""
-
-    def __init__(self, session: aiohttp.ClientSession, url: str) -> None:
-        self._session = session
-        self._url = url
-
-    async def call(
-        self, who: str | None, method: str, path: str, body: Any = None, **headers: str
-    ) -> tuple[int, Any]:
-        if who is not None:
-            headers["Authorization"] = f"Bearer {who * 9}"
-        async with self._session.request(
-            method, self._url + path, json=body, headers=headers
-        ) as answer:
-            if answer.content_type.endswith("json"):
-                return answer.status, await answer.json(content_type=None)
-            return answer.status, await answer.text()
+    return write_tokens(tmp_path / "tokens.toml")
 
 
 @pytest.fixture
