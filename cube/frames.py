@@ -13,7 +13,7 @@ from typing import Final
 
 from imagecache.errors import Rejected
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 HEADER: Final = struct.Struct("<IHHI")  # payload length, type, stream, process
 PAYLOAD_LIMIT: Final = 65536
 OUTPUT_WINDOW: Final = 256 * 1024  # bytes a guest stream may send before the first grant

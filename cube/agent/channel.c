@@ -8,6 +8,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#define SYNC_KEY_LENGTH 16u
 #define WRITE_SIZE 32768u /* the port's driver takes no more in one call */
 
 uint64_t monotonic_ns(void)
@@ -92,11 +93,43 @@ void channel_write(struct channel *channel)
         if (wrote <= 0)
             break;
         channel->out_sent += (size_t)wrote;
+        channel->progress_at = monotonic_ns();
     }
+    if (channel_pending(channel) == 0)
+        channel->progress_at = monotonic_ns();
     /* Compact rarely: moving the rest after each write would cost more than the write. */
     if (channel->out_sent == channel->out.length || channel->out_sent > (1u << 20)) {
         buffer_consume(&channel->out, channel->out_sent);
         channel->out_sent = 0;
+    }
+}
+
+void channel_restart(struct channel *channel, const uint8_t nonce[SYNC_NONCE])
+{
+    buffer_consume(&channel->out, channel->out.length);
+    channel->out_sent = 0;
+    buffer_append(&channel->out, nonce, SYNC_NONCE);
+}
+
+/* Looks for the key in bytes just read, wherever frames begin and end: an earlier host may have gone
+ * in the middle of one. The key's first byte comes only once in it, so a scan never steps back.
+ */
+static void watch_for_sync(struct channel *channel, size_t fresh)
+{
+    if (channel->sync_key == NULL)
+        return;
+    for (size_t i = channel->in_length - fresh; i < channel->in_length; i++) {
+        if (channel->in[i] == channel->sync_key[channel->sync_matched])
+            channel->sync_matched++;
+        else
+            channel->sync_matched = channel->in[i] == channel->sync_key[0];
+        if (channel->sync_matched < SYNC_KEY_LENGTH)
+            continue;
+        channel->sync_matched = 0;
+        channel->nonce_wanted = true;
+        channel->in_length -= i + 1;
+        memmove(channel->in, channel->in + i + 1, channel->in_length);
+        return;
     }
 }
 
@@ -105,7 +138,11 @@ bool channel_read(struct channel *channel, struct frame *frame, bool *more)
     *more = false;
     size_t need = FRAME_HEADER;
     for (;;) {
-        if (channel->in_length >= FRAME_HEADER) {
+        if (channel->nonce_wanted) {
+            need = SYNC_NONCE;
+            if (channel->in_length >= need)
+                break;
+        } else if (channel->in_length >= FRAME_HEADER) {
             uint32_t length = load32(channel->in);
             if (length > PAYLOAD_LIMIT) {
                 /* Out of step with the host: nothing after this can be trusted. */
@@ -113,8 +150,10 @@ bool channel_read(struct channel *channel, struct frame *frame, bool *more)
                 return false;
             }
             need = FRAME_HEADER + length;
-            if (channel->in_length == need)
+            if (channel->in_length >= need)
                 break;
+        } else {
+            need = FRAME_HEADER;
         }
         ssize_t got = read(channel->fd, channel->in + channel->in_length, need - channel->in_length);
         if (got < 0 && errno == EINTR)
@@ -122,6 +161,14 @@ bool channel_read(struct channel *channel, struct frame *frame, bool *more)
         if (got <= 0)
             return false;
         channel->in_length += (size_t)got;
+        watch_for_sync(channel, (size_t)got);
+    }
+    *more = true;
+    if (channel->nonce_wanted) {
+        *frame = (struct frame){.payload = channel->in, .length = SYNC_NONCE};
+        channel->nonce_wanted = false;
+        channel->in_length = 0; /* a host says nothing more before it has its nonce back */
+        return true;
     }
     frame->type = load16(channel->in + 4);
     frame->stream = load16(channel->in + 6);
@@ -129,6 +176,5 @@ bool channel_read(struct channel *channel, struct frame *frame, bool *more)
     frame->payload = channel->in + FRAME_HEADER;
     frame->length = need - FRAME_HEADER;
     channel->in_length = 0;
-    *more = true;
     return true;
 }

@@ -4,7 +4,7 @@
 
 #include "record.h"
 
-#define PROTOCOL_VERSION 1u
+#define PROTOCOL_VERSION 2u
 #define FRAME_HEADER 12u
 #define PAYLOAD_LIMIT 65536u
 
@@ -18,10 +18,19 @@ enum frame_type {
     FRAME_LOG = 7,      /* guest: text for the operator */
     FRAME_FAILED = 8,   /* guest: record, the guest cannot go on */
     FRAME_SIGNAL = 9,   /* host: u32 number, u32 flags */
-    FRAME_SHUTDOWN = 10 /* host: power off */
+    FRAME_SHUTDOWN = 10, /* host: power off */
+    FRAME_START = 11,   /* host: empty, runs a container's program */
+    FRAME_EXEC = 12,    /* host: record, runs a program beside one */
+    FRAME_RESIZE = 13,  /* host: record, a terminal's size */
+    FRAME_CONNECT = 14, /* host: record, a TCP connection */
+    FRAME_STATS = 15,   /* host: empty; guest: record */
+    FRAME_LOST = 16,    /* guest: u64, so many bytes of the stream were dropped here */
+    FRAME_PING = 17     /* host: any bytes; guest: the same */
 };
 
 #define SIGNAL_TO_GROUP 1u
+#define SIGNAL_TO_EVERYTHING 2u
+#define SYNC_NONCE 32u
 
 enum stream { STREAM_STDIN = 0, STREAM_STDOUT = 1, STREAM_STDERR = 2 };
 
@@ -35,6 +44,18 @@ enum record_key {
     KEY_SIGNAL = 7,
     KEY_READ_BYTES = 8,
     KEY_REALTIME = 9,
+    /* 10 to 20: request.h */
+    KEY_USAGE = 21,
+    KEY_CPU_NS = 22,
+    KEY_MEMORY_BYTES = 23,
+    KEY_MEMORY_LIMIT = 24,
+    KEY_PIDS = 25,
+    KEY_WRITE_BYTES = 26,
+    KEY_MEMORY_TOTAL = 27,
+    KEY_MEMORY_FREE = 28,
+    KEY_RECEIVED_BYTES = 29,
+    KEY_SENT_BYTES = 30,
+    KEY_OOM_KILLS = 31,
 };
 
 struct frame {
@@ -50,6 +71,10 @@ struct channel {
     bool host_gone;
     struct buffer out;
     size_t out_sent;
+    uint64_t progress_at; /* when the port last took something, or had nothing to take */
+    const uint8_t *sync_key; /* 16 bytes that announce a new host, or NULL */
+    size_t sync_matched;     /* so many of them have just been read */
+    bool nonce_wanted;       /* what is read now is the new host's nonce */
     size_t in_length;
     uint8_t in[FRAME_HEADER + PAYLOAD_LIMIT];
 };
@@ -62,7 +87,11 @@ void channel_send(struct channel *channel, enum frame_type type, unsigned stream
 void channel_event(struct channel *channel, uint32_t process, const char *name, uint64_t at_ns);
 size_t channel_pending(const struct channel *channel);
 void channel_write(struct channel *channel); /* as much as the port takes now */
-/* Reads what has come; true with a whole frame, valid until the next call. */
+/* A new host: drops what is unsent and sends its nonce, by which it finds its place. */
+void channel_restart(struct channel *channel, const uint8_t nonce[SYNC_NONCE]);
+/* Reads what has come; true with a whole frame, valid until the next call. A frame of type 0 with
+ * SYNC_NONCE bytes is a new host's nonce.
+ */
 bool channel_read(struct channel *channel, struct frame *frame, bool *more);
 
 #endif

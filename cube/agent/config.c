@@ -34,7 +34,7 @@ uint32_t config_body_length(const uint8_t header[CONFIG_HEADER], const char **er
 }
 
 /* Strings are counted first, so that one allocation of the right size holds them. */
-static size_t count_fields(const struct field *record, uint16_t key)
+size_t count_fields(const struct field *record, uint16_t key)
 {
     struct reader reader = {record->value, record->length, false};
     struct field field;
@@ -44,7 +44,7 @@ static size_t count_fields(const struct field *record, uint16_t key)
     return count;
 }
 
-static const char *set_text(char **target, const struct field *field)
+const char *set_text(char **target, const struct field *field)
 {
     if (*target != NULL)
         return "the configuration gives a single value twice";
@@ -83,12 +83,23 @@ static const char *set_container_field(struct container *container, const struct
         container->environment[container->environment_count++] = text;
         return NULL;
     }
+    case CONTAINER_MOUNT:
+        return parse_mount(field, &container->mounts[container->mount_count++]);
     case CONTAINER_ID:
     case CONTAINER_ROOT_WRITABLE:
     case CONTAINER_UPPER_BYTES:
     case CONTAINER_STDIN:
     case CONTAINER_CAPABILITIES:
     case CONTAINER_PID_ONE:
+    case CONTAINER_AUTOSTART:
+    case CONTAINER_TTY:
+    case CONTAINER_READ_ONLY_ROOT:
+    case CONTAINER_CPU_MILLIS:
+    case CONTAINER_MEMORY_BYTES:
+    case CONTAINER_PIDS_LIMIT:
+    case CONTAINER_GROUP:
+    case CONTAINER_NO_NEW_PRIVILEGES:
+    case CONTAINER_DISCARD_AFTER_MS:
         break;
     default:
         return field->flags & FIELD_CRITICAL ? "a container needs what this agent does not know"
@@ -119,6 +130,35 @@ static const char *set_container_field(struct container *container, const struct
             return "a container's PID 1 rule is unknown";
         container->pid_one = (enum pid_one)number;
         break;
+    case CONTAINER_AUTOSTART:
+        container->held = number == 0;
+        break;
+    case CONTAINER_TTY:
+        container->tty = number != 0;
+        break;
+    case CONTAINER_READ_ONLY_ROOT:
+        container->read_only_root = number != 0;
+        break;
+    case CONTAINER_CPU_MILLIS:
+        container->cpu_millis = number;
+        break;
+    case CONTAINER_MEMORY_BYTES:
+        container->memory_bytes = number;
+        break;
+    case CONTAINER_PIDS_LIMIT:
+        container->pids_limit = number;
+        break;
+    case CONTAINER_GROUP:
+        if (number >= UINT32_MAX || container->group_count == EXTRA_GROUP_LIMIT)
+            return "a container has too many groups, or one out of bounds";
+        container->groups[container->group_count++] = (uint32_t)number;
+        break;
+    case CONTAINER_NO_NEW_PRIVILEGES:
+        container->no_new_privileges = number != 0;
+        break;
+    case CONTAINER_DISCARD_AFTER_MS:
+        container->discard_after_ms = number;
+        break;
     default:
         break;
     }
@@ -131,6 +171,10 @@ static const char *parse_container(const struct field *record, struct container 
     size_t variables = count_fields(record, CONTAINER_ENV);
     if (arguments > STRING_LIMIT || variables > STRING_LIMIT)
         return "a container has too many arguments or variables";
+    size_t mounts = count_fields(record, CONTAINER_MOUNT);
+    if (mounts > MOUNT_LIMIT)
+        return "a container has too many mounts";
+    container->mounts = must_allocate(mounts * sizeof *container->mounts);
     container->arguments = must_allocate((arguments + 1) * sizeof(char *));
     container->environment = must_allocate((variables + 1) * sizeof(char *));
     struct reader reader = {record->value, record->length, false};
@@ -187,6 +231,28 @@ const char *config_parse(const uint8_t header[CONFIG_HEADER], const uint8_t *bod
             else
                 error = set_text(&config->module_sets[config->module_set_count++], &field);
             break;
+        case CONFIG_INTERFACE:
+            if (config->interface_count == INTERFACE_LIMIT)
+                error = "the configuration has too many interfaces";
+            else
+                error = parse_interface(&field, &config->interfaces[config->interface_count++]);
+            break;
+        case CONFIG_VOLUME:
+            if (config->volume_count == VOLUME_LIMIT)
+                error = "the configuration has too many volumes";
+            else
+                error = parse_volume(&field, &config->volumes[config->volume_count++]);
+            break;
+        case CONFIG_TOOLS_DISK:
+            error = set_text(&config->tools_disk, &field);
+            break;
+        case CONFIG_SYNC_KEY:
+            if (field.length != SYNC_KEY_BYTES)
+                error = "the configuration's sync key has a wrong length";
+            else
+                memcpy(config->sync_key, field.value, SYNC_KEY_BYTES);
+            config->has_sync_key = true;
+            break;
         default:
             if (field.flags & FIELD_CRITICAL)
                 error = "the configuration needs what this agent does not know";
@@ -200,7 +266,9 @@ const char *config_parse(const uint8_t header[CONFIG_HEADER], const uint8_t *bod
         for (size_t j = 0; j < i; j++)
             if (config->containers[i].id == config->containers[j].id)
                 return "two containers have one id";
-    return config->container_count ? NULL : "the configuration names no container";
+    if (config->container_count == 0)
+        return "the configuration names no container";
+    return resolve_mounts(config);
 }
 
 static void free_strings(char **strings, size_t count)
@@ -224,6 +292,7 @@ void config_free(struct config *config)
     }
     for (size_t i = 0; i < config->module_set_count; i++)
         free(config->module_sets[i]);
+    free_pod_parts(config);
     free(config->hostname);
     buffer_free(&config->resolv);
     buffer_free(&config->hosts);

@@ -99,8 +99,16 @@ const char *guest_load_boot_modules(void)
     return error;
 }
 
+static int busybox = -1;
+
+int guest_busybox(void)
+{
+    return busybox;
+}
+
 const char *guest_leave_initramfs(void)
 {
+    busybox = open("/sbin/busybox", O_RDONLY | O_CLOEXEC);
     static const char *const moved[] = {"/proc", "/sys", "/dev"};
     char target[64];
     mkdir("/sandbox", 0755);
@@ -236,6 +244,22 @@ const char *guest_read_config(uint8_t header[16], uint8_t **body, size_t *length
     }
     close(disk);
     return error;
+}
+
+void guest_memory(uint64_t *total, uint64_t *available)
+{
+    char line[128];
+    unsigned long long kib;
+    *total = *available = 0;
+    FILE *table = fopen("/proc/meminfo", "re");
+    if (table == NULL)
+        return;
+    while (fgets(line, sizeof line, table))
+        if (sscanf(line, "MemTotal: %llu", &kib) == 1)
+            *total = kib * 1024;
+        else if (sscanf(line, "MemAvailable: %llu", &kib) == 1)
+            *available = kib * 1024;
+    fclose(table);
 }
 
 void guest_set_clock(uint64_t realtime_ns)

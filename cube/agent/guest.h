@@ -19,11 +19,13 @@ const char *guest_load_modules(const char *wanted);
 const char *guest_load_boot_modules(void);
 /* Moves onto a tmpfs: the kernel's initial root cannot be pivoted away from by containers. */
 const char *guest_leave_initramfs(void);
+int guest_busybox(void); /* descriptor of the initial root's busybox, -1 without one */
 bool guest_cmdline_has(const char *word);
 /* /dev path of the virtio disk with this serial; waits up to the deadline. */
 const char *guest_find_disk(const char *serial, int deadline_ms, char path[64]);
 uint64_t guest_disk_read_bytes(const char *serial);
 const char *guest_read_config(uint8_t header[16], uint8_t **body, size_t *length);
+void guest_memory(uint64_t *total, uint64_t *available); /* bytes */
 void guest_set_clock(uint64_t realtime_ns);
 void guest_loopback_up(void);
 _Noreturn void guest_power_off(void);

@@ -1,18 +1,22 @@
 #include "launch.h"
 
 #include "account.h"
+#include "cgroup.h"
 #include "guest.h"
 #include "root.h"
+#include "terminal.h"
 
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/capability.h>
 #include <grp.h>
 #include <poll.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/signalfd.h>
@@ -22,7 +26,9 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#define OWN_BUSYBOX "cube:busybox" /* the agent's, for images that lack the tool */
 #define DEFAULT_PATH "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+#define ORDER_GROUP 1
 #define ACCOUNT_FILE_LIMIT (4u << 20)
 
 static _Noreturn void give_up(const struct launch *launch, int code, const char *text)
@@ -77,6 +83,8 @@ static const char *drop_privileges(const struct container *container,
     for (unsigned number = 0; number < 64; number++)
         if (!(keep >> number & 1) && prctl(PR_CAPBSET_DROP, number, 0, 0, 0) < 0 && errno == EINVAL)
             break; /* past the kernel's last capability */
+    if (container->no_new_privileges && prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0)
+        return problem("cannot give up new privileges: %s", strerror(errno));
     if (setgroups(account->group_count, account->groups) < 0 || setgid(account->gid) < 0 ||
         setuid(account->uid) < 0)
         return problem("cannot become user %u: %s", account->uid, strerror(errno));
@@ -105,18 +113,33 @@ static const char *variable(char *const *environment, const char *name)
     return value;
 }
 
-/* HOME comes from the image's account when neither image nor caller sets it. */
-static char **complete_environment(const struct container *container,
-                                   const struct account *account)
+static void add_variable(char **environment, size_t *count, const char *name, const char *value)
 {
-    if (variable(container->environment, "HOME"))
-        return container->environment;
-    size_t count = container->environment_count;
-    char **complete = must_allocate((count + 2) * sizeof(char *));
-    memcpy(complete, container->environment, count * sizeof(char *));
-    size_t size = strlen(account->home) + 6;
-    complete[count] = must_allocate(size);
-    snprintf(complete[count], size, "HOME=%s", account->home);
+    if (variable(environment, name))
+        return;
+    size_t size = strlen(name) + strlen(value) + 2;
+    environment[*count] = must_allocate(size);
+    snprintf(environment[(*count)++], size, "%s=%s", name, value);
+}
+
+/* HOME comes from the image's account when neither image nor caller sets it. An exec's
+ * variables replace its container's of the same name.
+ */
+static char **complete_environment(const struct launch *launch, const struct account *account)
+{
+    const struct program *program = &launch->program;
+    char **complete = must_allocate((program->environment_count + 3) * sizeof(char *));
+    size_t count = 0;
+    for (size_t i = 0; i < program->environment_count; i++) {
+        size_t length = strcspn(program->environment[i], "=") + 1, at = launch->joined < 0 ? count : 0;
+        while (at < count && strncmp(complete[at], program->environment[i], length) != 0)
+            at++;
+        complete[at] = program->environment[i];
+        count += at == count;
+    }
+    add_variable(complete, &count, "HOME", account->home);
+    if (program->tty)
+        add_variable(complete, &count, "TERM", "xterm");
     return complete;
 }
 
@@ -141,9 +164,13 @@ static _Noreturn void exec_or_give_up(const struct launch *launch, const char *p
 
 static _Noreturn void run_program(const struct launch *launch, const struct account *account)
 {
-    const struct container *container = launch->container;
-    char **argv = container->arguments;
-    char **environment = complete_environment(container, account);
+    char **argv = launch->program.arguments;
+    char **environment = complete_environment(launch, account);
+    if (strcmp(argv[0], OWN_BUSYBOX) == 0) {
+        argv[0] = (char[]){"busybox"};
+        syscall(SYS_execveat, guest_busybox(), "", argv, environment, AT_EMPTY_PATH);
+        give_up(launch, NOT_FOUND, "this machine's agent has no busybox");
+    }
     if (strchr(argv[0], '/'))
         exec_or_give_up(launch, argv[0], argv, environment);
     const char *search = variable(environment, "PATH");
@@ -211,36 +238,88 @@ static _Noreturn void supervise(const struct launch *launch, pid_t program)
         int32_t order[2];
         if (wanted[1].revents &&
             recv(launch->control, order, sizeof order, MSG_DONTWAIT) == (ssize_t)sizeof order)
-            if (!order[1] || kill(-program, order[0]) < 0)
+            if (order[1] != ORDER_GROUP || kill(-program, order[0]) < 0)
                 kill(program, order[0]); /* alone, or its session is not made yet */
     }
 }
 
-_Noreturn void launch_container(const struct launch *launch, bool supervised)
+/* The namespaces of a running container. The caller stays in its own PID namespace: its next child
+ * is the one that is inside.
+ */
+static const char *join_container(const struct launch *launch)
 {
-    const struct container *container = launch->container;
-    static struct account account;
-    const char *error = root_enter(container, launch->config);
-    if (error == NULL)
-        error = resolve_account(container->user, &account);
-    const char *directory = container->working_directory;
+    if (setns(launch->joined, CLONE_NEWNS | CLONE_NEWPID) < 0)
+        return problem("the container is not running: %s", strerror(errno));
+    umask(022);
+    return NULL;
+}
+
+static const char *add_groups(const struct container *container, struct account *account)
+{
+    for (size_t i = 0; i < container->group_count; i++) {
+        if (account->group_count == GROUP_LIMIT)
+            return "the user has too many groups";
+        account->groups[account->group_count++] = container->groups[i];
+    }
+    return NULL;
+}
+
+static const char *enter_directory(const char *directory)
+{
     if (directory == NULL || directory[0] == 0)
         directory = "/";
-    if (error == NULL && directory[0] != '/')
-        error = problem("the working directory \"%s\" is not absolute", directory);
-    if (error == NULL && (!make_directories(directory, 0755) || chdir(directory) < 0))
-        error = problem("cannot enter the working directory \"%s\": %s", directory,
-                        errno == EEXIST ? "not a directory" : strerror(errno));
-    if (error)
-        give_up(launch, START_FAILED, error);
+    if (directory[0] != '/')
+        return problem("the working directory \"%s\" is not absolute", directory);
+    if (!make_directories(directory, 0755) || chdir(directory) < 0)
+        return problem("cannot enter the working directory \"%s\": %s", directory,
+                       errno == EEXIST ? "not a directory" : strerror(errno));
+    return NULL;
+}
+
+static void set_up_streams(struct launch *launch, const struct account *account)
+{
+    const struct program *program = &launch->program;
+    if (program->tty) {
+        int near, far;
+        if (!terminal_make(program->rows, program->columns, &near, &far) ||
+            fchown(near, account->uid, (gid_t)-1) < 0 || !send_descriptor(launch->control, 0, far))
+            give_up(launch, START_FAILED, problem("cannot make a terminal: %s", strerror(errno)));
+        close(far);
+        for (int i = 0; i < 3; i++)
+            launch->standard[i] = near;
+    }
     for (int i = 0; i < 3; i++) {
         /* The program must be able to reopen /dev/stdout, which leads to these pipes. */
-        if (i > 0 || container->wants_stdin)
-            if (fchown(launch->standard[i], account.uid, account.gid) < 0)
+        if (!program->tty && (i > 0 || program->wants_stdin))
+            if (fchown(launch->standard[i], account->uid, account->gid) < 0)
                 give_up(launch, START_FAILED, problem("cannot hand over a pipe: %s", strerror(errno)));
         if (dup2(launch->standard[i], i) < 0)
             give_up(launch, START_FAILED, problem("cannot set up a stream: %s", strerror(errno)));
     }
+}
+
+_Noreturn void launch_container(struct launch *launch, bool supervised)
+{
+    const struct container *container = launch->container;
+    static struct account account;
+    bool joins = launch->joined >= 0;
+    int group = cgroup_open(container->id);
+    if (!joins) {
+        cgroup_enter(group);
+        unshare(CLONE_NEWCGROUP); /* its /sys/fs/cgroup is its own; old kernels have none */
+    }
+    const char *error = joins ? join_container(launch) : root_enter(container, launch->config);
+    if (error == NULL)
+        error = resolve_account(launch->program.user, &account);
+    if (error == NULL)
+        error = add_groups(container, &account);
+    if (error == NULL)
+        error = enter_directory(launch->program.directory);
+    if (error == NULL && !joins && container->read_only_root)
+        error = root_seal();
+    if (error)
+        give_up(launch, START_FAILED, error);
+    set_up_streams(launch, &account);
     if (supervised) {
         pid_t program = fork();
         if (program < 0)
@@ -254,8 +333,13 @@ _Noreturn void launch_container(const struct launch *launch, bool supervised)
             }
             supervise(launch, program);
         }
+        if (joins)
+            cgroup_enter(group);
     }
+    close(group);
     setsid();
+    if (launch->program.tty)
+        ioctl(0, TIOCSCTTY, 0);
     restore_defaults();
     error = drop_privileges(container, &account);
     if (error)

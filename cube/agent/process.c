@@ -1,7 +1,9 @@
 #include "process.h"
 
+#include "cgroup.h"
 #include "guest.h"
 #include "launch.h"
+#include "terminal.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -9,13 +11,12 @@
 #include <sched.h>
 #include <signal.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
-
-#define CHANNEL_BACKLOG (512u << 10) /* output waiting for the port; more stays in the pipes */
 
 static void close_fd(int *fd)
 {
@@ -27,6 +28,26 @@ static void close_fd(int *fd)
 static void set_nonblocking(int fd)
 {
     fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
+}
+
+void process_reset(struct process *process)
+{
+    if (process->id || process->running) {
+        close_fd(&process->control);
+        close_fd(&process->failure);
+        close_fd(&process->input);
+        close_fd(&process->output[1]);
+        close_fd(&process->output[2]);
+        buffer_free(&process->input_left);
+        buffer_free(&process->exit_record);
+    }
+    *process = (struct process){
+        .control = -1,
+        .failure = -1,
+        .input = -1,
+        .output = {-1, -1, -1},
+        .credit = {0, OUTPUT_WINDOW, OUTPUT_WINDOW},
+    };
 }
 
 /* Systems that insist on being PID 1: an init is its own supervisor. */
@@ -43,62 +64,176 @@ static bool wants_pid_one(const struct container *container)
     return false;
 }
 
-const char *process_start(struct process *process, const struct container *container,
-                          const struct config *config)
+static bool make_pipe(int ends[2], bool wanted)
 {
-    int in[2] = {-1, -1}, out[2], err[2], failure[2], control[2];
-    *process = (struct process){.id = container->id, .container = container, .input = -1};
-    process->supervised = !wants_pid_one(container);
-    if (pipe2(out, O_CLOEXEC) < 0 || pipe2(err, O_CLOEXEC) < 0 || pipe2(failure, O_CLOEXEC) < 0 ||
-        socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, control) < 0 ||
-        (container->wants_stdin && pipe2(in, O_CLOEXEC) < 0))
-        return problem("cannot make the container's pipes: %s", strerror(errno));
+    ends[0] = ends[1] = -1;
+    return !wanted || pipe2(ends, O_CLOEXEC) == 0;
+}
+
+/* Forks what `launch` says, with its pipes. `flags` are new namespaces. */
+static const char *spawn(struct process *process, struct launch *launch, unsigned long flags)
+{
+    int in[2], out[2], err[2], failure[2], control[2] = {-1, -1};
+    const struct program *program = &launch->program;
+    bool made = make_pipe(in, program->wants_stdin && !program->tty);
+    made = make_pipe(out, !program->tty) && made;
+    made = make_pipe(err, !program->tty) && made;
+    made = make_pipe(failure, true) && made;
+    made = made && socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, control) == 0;
     int null = open("/dev/null", O_RDONLY | O_CLOEXEC);
-    struct launch launch = {
-        .container = container,
-        .config = config,
-        .standard = {container->wants_stdin ? in[0] : null, out[1], err[1]},
-        .failure = failure[1],
-        .control = control[1],
-    };
-    pid_t first = (pid_t)syscall(SYS_clone, CLONE_NEWNS | CLONE_NEWPID | SIGCHLD, 0, 0, 0, 0);
-    if (first < 0)
-        return problem("cannot make the container's namespaces: %s", strerror(errno));
-    if (first == 0) {
-        /* Only these ends are the container's; all others would keep our pipes open. */
-        close(out[0]);
-        close(err[0]);
-        close(failure[0]);
-        close(control[0]);
-        close_fd(&in[1]);
-        launch_container(&launch, process->supervised);
+    pid_t first = -1;
+    if (made) {
+        launch->standard[0] = in[0] >= 0 ? in[0] : null;
+        launch->standard[1] = out[1];
+        launch->standard[2] = err[1];
+        launch->failure = failure[1];
+        launch->control = control[1];
+        first = (pid_t)syscall(SYS_clone, flags | SIGCHLD, 0, 0, 0, 0);
     }
-    close(out[1]);
-    close(err[1]);
-    close(failure[1]);
-    close(control[1]);
+    int cause = errno;
+    if (first == 0) {
+        /* Only these ends are the child's; all others would keep our pipes open. */
+        close_fd(&out[0]);
+        close_fd(&err[0]);
+        close_fd(&failure[0]);
+        close_fd(&control[0]);
+        close_fd(&in[1]);
+        launch_container(launch, process->supervised);
+    }
+    close_fd(&out[1]);
+    close_fd(&err[1]);
+    close_fd(&failure[1]);
+    close_fd(&control[1]);
     close_fd(&in[0]);
     close_fd(&null);
-    process->first = first;
-    process->running = true;
     process->control = control[0];
     process->failure = failure[0];
-    process->output[0] = -1;
     process->output[1] = out[0];
     process->output[2] = err[0];
-    process->credit[1] = process->credit[2] = OUTPUT_WINDOW;
     process->input = in[1];
-    set_nonblocking(out[0]);
-    set_nonblocking(err[0]);
-    if (in[1] >= 0)
-        set_nonblocking(in[1]);
+    process->tty = program->tty;
+    if (first < 0) {
+        uint32_t id = process->id;
+        process->running = true;
+        process_reset(process);
+        process->id = id;
+        return problem("cannot start a process: %s", strerror(cause));
+    }
+    process->first = first;
+    process->running = true;
+    for (int stream = 1; stream <= 2; stream++)
+        if (process->output[stream] >= 0)
+            set_nonblocking(process->output[stream]);
+    if (process->input >= 0)
+        set_nonblocking(process->input);
     return NULL;
 }
 
-void process_signal(struct process *process, int number, bool group)
+const char *process_start(struct process *process, const struct container *container,
+                          const struct config *config)
 {
+    process_reset(process);
+    process->id = container->id;
+    process->kind = PROCESS_CONTAINER;
+    process->container = container;
+    process->supervised = !wants_pid_one(container);
+    const char *error = cgroup_make(container);
+    if (error)
+        return error;
+    process->oom_before = cgroup_usage(container->id).oom_kills;
+    struct launch launch = {
+        .container = container,
+        .config = config,
+        .program = {.arguments = container->arguments,
+                    .environment = container->environment,
+                    .environment_count = container->environment_count,
+                    .user = container->user,
+                    .directory = container->working_directory,
+                    .wants_stdin = container->wants_stdin,
+                    .tty = container->tty},
+        .joined = -1,
+    };
+    return spawn(process, &launch, CLONE_NEWNS | CLONE_NEWPID);
+}
+
+const char *process_exec(struct process *process, uint32_t id, const struct process *beside,
+                         const struct config *config, const struct request *request)
+{
+    const struct container *container = beside->container;
+    process_reset(process);
+    process->id = id;
+    process->kind = PROCESS_EXEC;
+    process->container = container;
+    process->supervised = true;
+    if (request->argument_count == 0 || request->arguments[0][0] == 0)
+        return "the request names no program";
+    int joined = (int)syscall(SYS_pidfd_open, beside->first, 0);
+    if (joined < 0)
+        return problem("the container is not running: %s", strerror(errno));
+    size_t count = container->environment_count + request->environment_count;
+    char **environment = must_allocate((count + 1) * sizeof(char *));
+    memcpy(environment, container->environment, container->environment_count * sizeof(char *));
+    memcpy(environment + container->environment_count, request->environment,
+           request->environment_count * sizeof(char *));
+    bool own_user = request->user && request->user[0];
+    bool own_directory = request->directory && request->directory[0];
+    struct launch launch = {
+        .container = container,
+        .config = config,
+        .program = {.arguments = request->arguments,
+                    .environment = environment,
+                    .environment_count = count,
+                    .user = own_user ? request->user : container->user,
+                    .directory = own_directory ? request->directory : container->working_directory,
+                    .wants_stdin = request->wants_stdin,
+                    .tty = request->tty,
+                    .rows = request->rows,
+                    .columns = request->columns},
+        .joined = joined,
+    };
+    const char *error = spawn(process, &launch, 0);
+    free(environment);
+    close(joined);
+    return error;
+}
+
+void process_refuse(struct process *process, uint32_t id, int code, const char *text,
+                    struct channel *channel)
+{
+    const struct container *container = process->container;
+    enum process_kind kind = process->kind;
+    char kept[sizeof process->start_problem];
+    snprintf(kept, sizeof kept, "%s", text);
+    process_reset(process);
+    process->id = id;
+    process->kind = kind;
+    process->container = container;
+    process->start_code = code;
+    memcpy(process->start_problem, kept, sizeof kept);
+    process->status_known = true;
+    process->running = true;
+    process_report(process, channel);
+}
+
+void process_signal(struct process *process, int number, unsigned flags)
+{
+    if (process->kind == PROCESS_CONNECTION) {
+        close_fd(&process->input);
+        close_fd(&process->output[1]);
+        process->start_code = 128 + SIGKILL;
+        process->connecting = false;
+        return;
+    }
     if (process->first == 0 || number <= 0 || number >= NSIG)
         return;
+    if (flags & SIGNAL_TO_EVERYTHING && process->kind == PROCESS_CONTAINER) {
+        if (number == SIGKILL) /* the end of PID 1 is the end of them all */
+            kill(process->first, SIGKILL);
+        else
+            cgroup_signal(process->container->id, number);
+        return;
+    }
+    int group = (flags & SIGNAL_TO_GROUP) != 0;
     if (process->supervised && !process->status_known) {
         int32_t order[2] = {number, group};
         if (send(process->control, order, sizeof order, MSG_DONTWAIT | MSG_NOSIGNAL) > 0)
@@ -106,69 +241,6 @@ void process_signal(struct process *process, int number, bool group)
     }
     if (!process->supervised && (!group || kill(-process->first, number) < 0))
         kill(process->first, number);
-}
-
-void process_feed(struct process *process, const uint8_t *bytes, size_t length)
-{
-    if (process->input >= 0 && !process->input_ended)
-        buffer_append(&process->input_left, bytes, length);
-}
-
-void process_end_input(struct process *process)
-{
-    process->input_ended = true;
-    if (process->input_left.length == 0)
-        close_fd(&process->input);
-}
-
-static void grant(struct channel *channel, const struct process *process, size_t bytes)
-{
-    uint8_t credit[4];
-    for (int i = 0; i < 4; i++)
-        credit[i] = (uint8_t)(bytes >> (8 * i));
-    channel_send(channel, FRAME_WINDOW, STREAM_STDIN, process->id, credit, sizeof credit);
-}
-
-void process_push_input(struct process *process, struct channel *channel)
-{
-    while (process->input >= 0 && process->input_left.length > 0) {
-        ssize_t wrote = write(process->input, process->input_left.bytes, process->input_left.length);
-        if (wrote < 0 && errno == EINTR)
-            continue;
-        if (wrote < 0 && errno == EAGAIN)
-            return;
-        if (wrote < 0) { /* the program closed its stdin */
-            buffer_free(&process->input_left);
-            close_fd(&process->input);
-            return;
-        }
-        buffer_consume(&process->input_left, (size_t)wrote);
-        grant(channel, process, (size_t)wrote);
-    }
-    if (process->input_ended && process->input_left.length == 0)
-        close_fd(&process->input);
-}
-
-void process_pull_output(struct process *process, unsigned stream, struct channel *channel)
-{
-    static uint8_t chunk[PAYLOAD_LIMIT];
-    while (process->output[stream] >= 0 && process->credit[stream] > 0 &&
-           channel_pending(channel) < CHANNEL_BACKLOG) {
-        size_t size = process->credit[stream] < sizeof chunk ? process->credit[stream] : sizeof chunk;
-        ssize_t got = read(process->output[stream], chunk, size);
-        if (got < 0 && errno == EINTR)
-            continue;
-        if (got < 0 && errno == EAGAIN)
-            return;
-        if (got <= 0) {
-            close_fd(&process->output[stream]);
-            channel_send(channel, FRAME_END, stream, process->id, NULL, 0);
-            return;
-        }
-        process->credit[stream] -= (size_t)got;
-        channel_send(channel, FRAME_DATA, stream, process->id, chunk, (size_t)got);
-        channel_write(channel);
-    }
 }
 
 void process_read_failure(struct process *process, struct channel *channel)
@@ -182,6 +254,7 @@ void process_read_failure(struct process *process, struct channel *channel)
         failure.text[sizeof failure.text - 1] = 0;
         snprintf(process->start_problem, sizeof process->start_problem, "%s", failure.text);
     } else {
+        process->executed = true;
         channel_event(channel, process->id, "exec", monotonic_ns());
     }
     close_fd(&process->failure);
@@ -189,13 +262,23 @@ void process_read_failure(struct process *process, struct channel *channel)
 
 void process_read_control(struct process *process)
 {
-    int32_t status;
-    ssize_t got = recv(process->control, &status, sizeof status, MSG_DONTWAIT);
-    if (got == (ssize_t)sizeof status) {
-        process->wait_status = status;
-        process->status_known = true;
-    } else if (got == 0 || (got < 0 && errno != EAGAIN && errno != EINTR)) {
-        close_fd(&process->control);
+    for (;;) {
+        int32_t number;
+        int terminal;
+        long got = receive_message(process->control, &number, &terminal);
+        if (got == (long)sizeof number && terminal >= 0 && process->tty && process->output[1] < 0) {
+            process->output[1] = terminal;
+            process->input = fcntl(terminal, F_DUPFD_CLOEXEC, 3);
+            set_nonblocking(terminal);
+        } else if (got == (long)sizeof number) {
+            close_fd(&terminal);
+            process->wait_status = number;
+            process->status_known = true;
+        } else {
+            if (got >= 0 || (errno != EAGAIN && errno != EINTR))
+                close_fd(&process->control);
+            return;
+        }
     }
 }
 
@@ -212,10 +295,16 @@ void process_reaped(struct process *process, int wait_status)
     close_fd(&process->input);
 }
 
+static bool is_over(const struct process *process)
+{
+    return process->running && !process->reported && process->first == 0 && !process->pending &&
+           process->failure < 0 && process->output[1] < 0 && process->output[2] < 0 &&
+           (process->kind != PROCESS_CONNECTION || process->input < 0);
+}
+
 void process_report(struct process *process, struct channel *channel)
 {
-    if (!process->running || process->reported || process->first != 0 || process->failure >= 0 ||
-        process->output[1] >= 0 || process->output[2] >= 0)
+    if (!is_over(process))
         return;
     int status = process->wait_status;
     int killer = WIFSIGNALED(status) ? WTERMSIG(status) : 0;
@@ -227,10 +316,36 @@ void process_report(struct process *process, struct channel *channel)
     }
     append_number(&record, KEY_CODE, (uint64_t)code);
     append_number(&record, KEY_SIGNAL, (uint64_t)killer);
-    append_number(&record, KEY_READ_BYTES, guest_disk_read_bytes(process->container->root_disk));
+    if (process->kind == PROCESS_CONTAINER) {
+        uint64_t kills = cgroup_usage(process->id).oom_kills;
+        append_number(&record, KEY_READ_BYTES,
+                      guest_disk_read_bytes(process->container->root_disk));
+        append_number(&record, KEY_OOM_KILLS,
+                      kills > process->oom_before ? kills - process->oom_before : 0);
+    }
     append_number(&record, KEY_AT, monotonic_ns());
     append_number(&record, KEY_SENT, monotonic_ns());
     channel_send(channel, FRAME_EXIT, 0, process->id, record.bytes, record.length);
-    buffer_free(&record);
+    process->exit_record = record;
     process->reported = true;
+    if (process->kind != PROCESS_CONTAINER)
+        process_reset(process);
+}
+
+void process_retell(struct process *process, struct channel *channel)
+{
+    if (!process->running)
+        return;
+    channel_event(channel, process->id, "known", monotonic_ns());
+    if (process->executed)
+        channel_event(channel, process->id, "exec", monotonic_ns());
+    for (unsigned stream = 1; stream <= 2; stream++) {
+        process->credit[stream] = OUTPUT_WINDOW;
+        process->waiting_since[stream] = 0;
+        if (process->output[stream] < 0 && !process->pending && !process->tty)
+            channel_send(channel, FRAME_END, stream, process->id, NULL, 0);
+    }
+    if (process->reported)
+        channel_send(channel, FRAME_EXIT, 0, process->id, process->exit_record.bytes,
+                     process->exit_record.length);
 }

@@ -1,6 +1,7 @@
 #include "root.h"
 
 #include "guest.h"
+#include "volume.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -26,6 +27,14 @@ static const char *mount_lower(const struct container *container, const char *ta
     return NULL;
 }
 
+static bool is_mount_point(const char *path)
+{
+    char parent[128];
+    struct stat inside, outside;
+    snprintf(parent, sizeof parent, "%s/..", path);
+    return stat(path, &inside) == 0 && stat(parent, &outside) == 0 && inside.st_dev != outside.st_dev;
+}
+
 const char *root_mount(const struct container *container)
 {
     char base[64], lower[96], writable[96], upper[112], work[112], root[96], options[512];
@@ -33,16 +42,21 @@ const char *root_mount(const struct container *container)
     snprintf(root, sizeof root, "%s/root", base);
     if (!make_directories(root, 0755))
         return problem("cannot make %s: %s", root, strerror(errno));
-    if (container->root_writable)
-        return mount_lower(container, root);
     snprintf(lower, sizeof lower, "%s/lower", base);
-    const char *error = mount_lower(container, lower);
+    bool again = is_mount_point(container->root_writable ? root : lower);
+    if (container->root_writable)
+        return again ? NULL : mount_lower(container, root);
+    const char *error = again ? NULL : mount_lower(container, lower);
     if (error)
         return error;
     /* The upper layer has a tmpfs of its own, so that its limit is the container's alone. */
     snprintf(writable, sizeof writable, "%s/writable", base);
     snprintf(upper, sizeof upper, "%s/upper", writable);
     snprintf(work, sizeof work, "%s/work", writable);
+    if (again) {
+        umount2(root, MNT_DETACH);
+        umount2(writable, MNT_DETACH);
+    }
     options[0] = 0;
     if (container->upper_bytes)
         snprintf(options, sizeof options, "size=%llu", (unsigned long long)container->upper_bytes);
@@ -158,11 +172,15 @@ const char *root_enter(const struct container *container, const struct config *c
     char root[96];
     snprintf(root, sizeof root, SANDBOX "/%u/root", container->id);
     umask(0);
+    int trees[MOUNT_LIMIT];
+    const char *error = volumes_take(config, container, trees);
+    if (error)
+        return error;
     if (mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) < 0 || chdir(root) < 0 ||
         syscall(SYS_pivot_root, ".", ".") < 0 || umount2(".", MNT_DETACH) < 0 || chdir("/") < 0)
         return problem("cannot enter the root: %s", strerror(errno));
     const unsigned long plain = MS_NOSUID | MS_NOEXEC | MS_NODEV;
-    const char *error = mount_at("proc", "/proc", plain, NULL);
+    error = mount_at("proc", "/proc", plain, NULL);
     if (error == NULL)
         error = mount_at("sysfs", "/sys", plain | MS_RDONLY, NULL);
     if (error == NULL) /* programs look there for their limits; a kernel without it is fine */
@@ -176,5 +194,12 @@ const char *root_enter(const struct container *container, const struct config *c
     if (mkdir("/tmp", 01777) == 0)
         chmod("/tmp", 01777);
     umask(022);
-    return error;
+    return error ? error : volumes_attach(container, trees);
+}
+
+const char *root_seal(void)
+{
+    if (mount(NULL, "/", NULL, MS_REMOUNT | MS_BIND | MS_RDONLY, NULL) < 0)
+        return problem("the root cannot be made read-only: %s", strerror(errno));
+    return NULL;
 }
