@@ -146,7 +146,11 @@ class Catalog:
 
     async def alias(self, name: AliasName) -> AliasRecord:
         """The image that a name stands for."""
-        raw = await self.store.get(self.keys.alias(name.repository, name.tag), limit=MAX_RECORD)
+        try:
+            raw = await self.store.get(self.keys.alias(name.repository, name.tag), limit=MAX_RECORD)
+        except NotFound:
+            await self.generations()  # in a sealed realm names are others: that is said instead
+            raise
         return AliasRecord.decode(raw)
 
     async def put_alias(self, name: AliasName, image: str) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 from blake3 import blake3
 
-from imagecache.errors import Corrupt, Unsupported
+from imagecache.blockimage.seals import MAGIC as SEAL_MAGIC
+from imagecache.errors import Corrupt, Denied, Unsupported
 
 MAX_RECORD = 4 << 20
 
@@ -29,7 +30,15 @@ def _check(fields: dict[str, Any]) -> str:
 
 
 def decode_record(kind: str, raw: bytes) -> dict[str, Any]:
-    """The fields of a record of that kind; Corrupt, or Unsupported for a newer version."""
+    """The fields of a record of that kind.
+
+    Raises Corrupt, Unsupported for a newer version, or Denied for one that is sealed still.
+    """
+    if raw.startswith(SEAL_MAGIC):
+        raise Denied(
+            f"a {kind} record is sealed and no secrets are configured",
+            remedy="set [encryption] secrets to where the realm's secrets are",
+        )
     if len(raw) > MAX_RECORD:
         raise Corrupt(f"a {kind} record of {len(raw)} bytes is over the format's cap")
     try:

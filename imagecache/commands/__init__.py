@@ -7,6 +7,7 @@ from imagecache.commands.doctor import doctor
 from imagecache.commands.images import images, remove
 from imagecache.commands.inspecting import diff, inspect
 from imagecache.commands.repairing import repair, scrub, stats
+from imagecache.commands.sealing import secrets
 from imagecache.commands.serving import serve
 from imagecache.commands.tokens import token
 from imagecache.commands.verifying import verify
@@ -26,5 +27,6 @@ COMMANDS = (
     scrub,
     repair,
     stats,
+    secrets,
     completion,
 )

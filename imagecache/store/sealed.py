@@ -60,7 +60,7 @@ class SealedStore:
         await self._ready()
         stored = await self._inner.get(self._outside(key), limit=limit + OVERHEAD)
         key_id = sealed_with(stored)
-        if key_id not in self._seals.checks and key_id not in self._known:
+        if key_id not in self._seals.checks and not await self._is_known(key_id):
             raise Corrupt(f"{key} is not sealed with any secret of its realm")
         return await asyncio.to_thread(self._seals.open_object, key, stored)
 
@@ -184,6 +184,13 @@ class SealedStore:
                 record = _Record(record.names, {**record.checks, **self._seals.checks})
                 await self._inner.put(self._keys.sealed_realm, record.encode())
             self._recorded = True
+
+    async def _is_known(self, key_id: int) -> bool:
+        """Whether the realm was ever sealed with a secret; looked up again, as others rotate it."""
+        if key_id not in self._known and key_id != NO_KEY:
+            record = await self._record()
+            self._known = set(record.checks) if record is not None else set()
+        return key_id in self._known
 
     async def _record(self) -> _Record | None:
         try:

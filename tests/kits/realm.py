@@ -12,6 +12,7 @@ from imagemaker.entries import Entry, directory
 from kits.image import write_image
 
 from imagecache.blockimage.manifest import Face, canonical_options
+from imagecache.blockimage.seals import NO_SEALS, Seals
 from imagecache.build.pipeline import Builder, BuildSettings
 from imagecache.build.progress import BuildResult
 from imagecache.build.spool import Spool
@@ -102,8 +103,16 @@ class CrashStore:
         pass
 
 
-async def build(store: Store, spool: Path, reference: str, realm: str = "default") -> BuildResult:
-    catalog = Catalog(store, realm)
+async def build(
+    store: Store,
+    spool: Path,
+    reference: str,
+    realm: str = "default",
+    *,
+    seals: Seals = NO_SEALS,
+    distrusted: frozenset[str] | None = None,
+) -> BuildResult:
+    catalog = Catalog(store, realm, seals)
     parsed = parse_reference(reference)
     source = open_source(parsed, RegistrySettings())
     try:
@@ -116,6 +125,7 @@ async def build(store: Store, spool: Path, reference: str, realm: str = "default
             options=canonical_options({}),
             alias=alias_name(parsed),
             report=lambda _: None,
+            distrusted=distrusted,
         )
     finally:
         await source.close()
