@@ -25,11 +25,12 @@ from preload.client import answers, connect
 from preload.jobcommands import jobs
 from preload.planning import Experience, look
 from preload.profiling import explain, prepare_here, profile
+from preload.upgrading import upgrade
 
 
 def register(group: click.Group) -> None:
     """Adds this package's commands."""
-    for command in (preload, jobs, export, exports, unexport, profile, explain):
+    for command in (preload, jobs, export, exports, unexport, profile, explain, upgrade):
         group.add_command(command)
 
 
@@ -201,6 +202,7 @@ def _summary(result: dict[str, Any]) -> str:
 @click.option("--socket", type=click.Path(path_type=Path), help="A socket of its own for it.")
 @click.option("--name", help="The export's name; default: from the image's.")
 @click.option("--record", is_flag=True, help="Record what the start reads: `cubecache profile`.")
+@click.option("--writable", is_flag=True, help="Let clients write; it is lost by `unexport`.")
 @platform_option
 @face_option
 @fill_option
@@ -213,6 +215,7 @@ def export(
     socket: Path | None,
     name: str | None,
     record: bool,
+    writable: bool,
     platform: str | None,
     face: str,
     fill: str | None,
@@ -227,6 +230,7 @@ def export(
                 name=name,
                 fill=fill,
                 record=record,
+                writable=writable,
                 platform=platform,
                 face=face,
                 on_progress=lambda job: show_job(session.terminal, job),

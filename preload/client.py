@@ -177,6 +177,7 @@ class Client:
         name: str | None = None,
         fill: str | None = None,
         record: bool = False,
+        writable: bool = False,
         platform: str | None = None,
         face: str = "erofs",
         on_progress: OnProgress = lambda _: None,
@@ -191,6 +192,7 @@ class Client:
             "name": name,
             "fill": fill,
             "record": record,
+            "writable": writable,
         }
         try:
             answer = await self.call("POST", "/v1/exports", body)

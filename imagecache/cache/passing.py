@@ -42,17 +42,23 @@ class Passing(ABC):
     async def freeze(self) -> None:
         """Writes nothing until `thaw`: admissions wait, and all that was admitted is in the index.
 
-        Raises Unavailable where the disk does not finish what it was given.
+        Raises Unavailable where the disk does not finish what it was given: it is not frozen then.
         """
         self._open.clear()
+        frozen = False
         try:
             async with asyncio.timeout(FREEZE_SECONDS):
                 await self._quiet.wait()
                 await self._end_tasks()
                 if not await self._index.flush():
                     raise Unavailable("the cache's index cannot be written")
+            frozen = True
         except TimeoutError as error:
             raise Unavailable("the cache's disk does not finish its writes") from error
+        finally:
+            if not frozen:
+                await self._end_tasks()
+                self.thaw()
 
     def thaw(self) -> None:
         """Goes on after `freeze`."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
+import sys
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -21,9 +23,17 @@ if TYPE_CHECKING:
 @fill_option
 @click.option("--tcp", metavar="HOST:PORT", help="Serve exports on this TCP address too.")
 @click.option("--until-stdin-closes", is_flag=True, hidden=True)
+@click.option("--take-over", type=int, metavar="FD", hidden=True)
 @json_option
 @click.pass_obj
-def serve(session: Session, *, fill: str | None, tcp: str | None, until_stdin_closes: bool) -> None:
+def serve(
+    session: Session,
+    *,
+    fill: str | None,
+    tcp: str | None,
+    until_stdin_closes: bool,
+    take_over: int | None,
+) -> None:
     """Run the host daemon in the foreground until SIGTERM.
 
     The control API answers on STATE/control.sock, NBD on STATE/nbd.sock. Exports persist: they
@@ -60,4 +70,26 @@ def serve(session: Session, *, fill: str | None, tcp: str | None, until_stdin_cl
             f"{len(answer['exports'])} exports",
         )
 
-    asyncio.run(run_daemon(settings, announce, reread=read, until_stdin_closes=until_stdin_closes))
+    predecessor = None
+    if take_over is not None:
+        os.set_inheritable(take_over, False)
+        predecessor = socket.socket(fileno=take_over)
+    asyncio.run(
+        run_daemon(
+            settings,
+            announce,
+            reread=read,
+            until_stdin_closes=until_stdin_closes,
+            command=_own_command(),
+            predecessor=predecessor,
+        )
+    )
+
+
+def _own_command() -> list[str]:
+    """What started this daemon, without what it took over from."""
+    words = list(sys.orig_argv)
+    while "--take-over" in words:
+        at = words.index("--take-over")
+        del words[at : at + 2]
+    return words

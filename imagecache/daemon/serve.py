@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import os
-import shutil
 import signal
-import ssl
+import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from aiohttp import web
 
+from imagecache.composition import open_realm
 from imagecache.daemon.access import Tokens
 from imagecache.daemon.api import GATE, application
+from imagecache.daemon.apisites import ApiSites
 from imagecache.daemon.gate import Gate
+from imagecache.daemon.handing import Channel
+from imagecache.daemon.listening import Sockets, passed_sockets
 from imagecache.daemon.logs import set_up_logs
 from imagecache.daemon.notify import notify
 from imagecache.daemon.service import Service
-from imagecache.errors import CubecacheError, Unavailable, UsageError
-from imagecache.settings import ApiSection, Settings, reloaded
+from imagecache.daemon.takeover import settle_predecessor, take_over_service
+from imagecache.daemon.upgrade import Upgrade
+from imagecache.errors import CubecacheError
+from imagecache.settings import Settings, reloaded
 
 logger = logging.getLogger(__name__)
 
@@ -34,22 +38,34 @@ async def serve(
     *,
     reread: Callable[[], Settings] | None = None,
     until_stdin_closes: bool = False,
+    command: Sequence[str] | None = None,
+    predecessor: socket.socket | None = None,
 ) -> None:
     """Serves until SIGTERM or SIGINT (or the end of stdin), then drains and returns.
 
     `announce` is called once everything answers; `reread` is asked for new settings on SIGHUP.
+    `command` starts a daemon like this one: with it, this one can be upgraded. `predecessor` is
+    the channel to a daemon that is to hand over (imagecache.daemon.handing).
     """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    service = await Service.open(settings)
-    runner: web.AppRunner | None = None
+    channel = None if predecessor is None else Channel(predecessor)
+    passed: list[socket.socket] = []
+    if channel is None:
+        passed = passed_sockets(os.environ)
+        service = await Service.open(settings, passed)
+    else:
+        opened = await open_realm(settings)
+        service, passed = await take_over_service(settings, opened, channel)
+    sites = ApiSites(service.sockets if channel is None else Sockets(service.nbd, passed))
+    upgrade = Upgrade(service, command=command, api_sockets=sites.listening, done=stop.set)
     watch: asyncio.Task[None] | None = None
     try:
         tokens = await asyncio.to_thread(read_tokens, settings)
-        app = application(service, tokens)
-        runner = web.AppRunner(
+        app = application(service, tokens, upgrade)
+        runner = sites.runner = web.AppRunner(
             app,
             access_log=None,
             handle_signals=False,
@@ -62,22 +78,23 @@ async def serve(
         await runner.setup()
         assert runner.server is not None
         watch = asyncio.create_task(app[GATE].watch(runner.server))
-        await _listen(runner, settings)
-        await _listen_tcp(runner, settings.api)
+        if channel is not None:
+            await settle_predecessor(service, channel)
+        await sites.start(settings)
         if until_stdin_closes:
             loop.add_reader(sys.stdin.fileno(), _at_end_of_stdin, stop)
         announce(service)
         notify(f"READY=1\nSTATUS={len(service.exports())} exports")
         await stop.wait()
-        notify("STOPPING=1")
-        logger.info("stopping")
+        if not service.passed_on:
+            notify("STOPPING=1")
+        logger.info("handed over" if service.passed_on else "stopping")
     finally:
         if watch is not None:
             watch.cancel()
             await asyncio.gather(watch, return_exceptions=True)
-        if runner is not None:
-            await runner.cleanup()
-        settings.control_socket.unlink(missing_ok=True)
+        await sites.close(unlink=not service.passed_on)
+        await upgrade.close()
         await service.close()
 
 
@@ -101,57 +118,6 @@ def _reload(service: Service, gate: Gate, reread: Callable[[], Settings]) -> Non
     if left:
         logger.warning("needs a restart: %s", ", ".join(left))
     notify("READY=1")
-
-
-async def _listen(runner: web.AppRunner, settings: Settings) -> None:
-    # The arena's lock is ours by now, so whoever left a socket here is gone.
-    path, group = settings.control_socket, settings.api.socket_group
-    previous = os.umask(0o177)
-    try:
-        path.unlink(missing_ok=True)
-        await web.UnixSite(runner, str(path)).start()
-        if group:
-            shutil.chown(path, group=group)
-            path.chmod(0o660)
-            # To pass through, not to list; what else is in there has modes of its own.
-            shutil.chown(path.parent, group=group)
-            path.parent.chmod(0o710)
-    except (OSError, LookupError) as error:
-        raise Unavailable(f"cannot listen on {path}: {error}") from error
-    finally:
-        os.umask(previous)
-
-
-async def _listen_tcp(runner: web.AppRunner, section: ApiSection) -> None:
-    if section.tcp is None:
-        return
-    host, _, port = section.tcp.rpartition(":")
-    host = host.strip("[]")
-    context = None
-    if section.tls_certificate and section.tls_key:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        try:
-            context.load_cert_chain(section.tls_certificate, section.tls_key)
-        except (OSError, ssl.SSLError) as error:
-            raise Unavailable(f"certificate {section.tls_certificate}: {error}") from error
-    elif not _is_loopback(host):
-        raise UsageError(
-            f"api.tcp = {section.tcp!r} would send tokens in the clear",
-            remedy="set api.tls_certificate and api.tls_key, or listen on 127.0.0.1",
-        )
-    try:
-        site = web.TCPSite(runner, host, int(port), ssl_context=context)
-        await site.start()
-    except (OSError, OverflowError) as error:
-        raise Unavailable(f"cannot listen on {section.tcp}: {error}") from error
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _at_end_of_stdin(stop: asyncio.Event) -> None:

@@ -30,6 +30,7 @@ from imagecache.composition import (
     prepare_state_dir,
 )
 from imagecache.daemon.attachments import Attachments, ImageMaps
+from imagecache.daemon.builds import Builds
 from imagecache.daemon.exports import ExportView, LiveExport
 from imagecache.daemon.exporttable import ExportRecord, ExportTable
 from imagecache.daemon.firststart import FirstStarts
@@ -103,8 +104,9 @@ class Service:
             self.fetcher,
             scratch=settings.state_dir / "spool" / "boot",
         )
+        self.builds = Builds()
         self.jobs = JobQueue(
-            self._build,
+            self.builds.counted(self._build),
             JobTable(settings.state_dir / "jobs.db"),
             quota=lambda: self.settings.preload.queued_per_owner,
         )
@@ -153,7 +155,6 @@ class Service:
         return service
 
     async def _start(self) -> None:
-        await asyncio.to_thread(self.packs.clear)
         for record in await self.kept():
             export = self.restored(record)
             try:
@@ -168,9 +169,14 @@ class Service:
         self.sockets.listen_unix(self.settings.nbd_socket, self.shared_view)
         if self.settings.nbd.tcp:
             self.sockets.listen_tcp(self.settings.nbd.tcp, self.shared_view)
-        await self.jobs.start()
+        await self.begin_jobs()
         self.holding.start()
         self.ready = True
+
+    async def begin_jobs(self) -> None:
+        """Takes up the jobs; nobody else writes the state directory from here on."""
+        await asyncio.to_thread(self.packs.clear)
+        await self.jobs.start()
 
     async def kept(self) -> list[ExportRecord]:
         """The exports that are kept across restarts."""
