@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -34,19 +34,28 @@ from imagecache.store.settings import StoreSettings
 
 @dataclass(frozen=True, slots=True)
 class ImageRequest:
-    """Which image, for which platform, in which face (a `FaceChoice`'s text)."""
+    """Which image, for which platform, in which face (a `FaceChoice`'s text).
+
+    Chunks of the images `related` need not be stored again. That changes no digest, so requests
+    that differ in it alone are equal.
+    """
 
     reference: str
     platform: str | None = None
     face: str = "erofs"
+    related: tuple[str, ...] = field(default=(), compare=False)
 
     @classmethod
-    def parse(cls, text: str, platform: str | None, face: str) -> ImageRequest:
+    def parse(
+        cls, text: str, platform: str | None, face: str, related: Sequence[str] = ()
+    ) -> ImageRequest:
         """Checks the texts and makes paths absolute, so that another process can be handed it."""
         if platform is not None:
             parse_platform(platform)
         choice = FaceChoice.parse(face)
-        return cls(parse_reference(text, base=Path.cwd()).canonical, platform, str(choice))
+        base = Path.cwd()
+        others = tuple(parse_reference(other, base=base).canonical for other in related)
+        return cls(parse_reference(text, base=base).canonical, platform, str(choice), others)
 
 
 def alias_name(reference: Reference) -> AliasName:
@@ -163,6 +172,7 @@ async def build_image(
         ),
     )
     source = open_source(reference, registry_settings(settings))
+    related = dict.fromkeys((*request.related, *settings.build.related))
     try:
         with builder_lock(settings.state_dir / "builder.lock"):
             return await builder.build(
@@ -173,6 +183,7 @@ async def build_image(
                 alias=alias or alias_name(reference),
                 report=report,
                 distrusted=distrusted,
+                references=tuple(alias_name(parse_reference(name)) for name in related),
                 serving=serving,
             )
     finally:

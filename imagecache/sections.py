@@ -79,6 +79,9 @@ class BuildSection:
     """[build]: bounds of a conversion."""
 
     level: int = _setting(1, "zstd level of chunks, 1 to 19.", reload=True)
+    related: tuple[str, ...] = _setting(
+        (), "Images of the store whose chunks new images use again.", reload=True
+    )
     threads: int = _setting(0, "Threads that encode chunks; 0: one for each core.", reload=True)
     deadline_seconds: float = _setting(3600.0, "A layer's conversion ends by then.", reload=True)
     worker_memory_bytes: int = _setting(4 << 30, "Memory limit of a worker process.", reload=True)

@@ -28,7 +28,10 @@ def with_table(
             database.conn.execute("pragma synchronous=full")
             if name not in database.table_names():
                 database.table(name).create(dict(columns), pk=key)
-            return work(database.table(name))
+            table = database.table(name)
+            for column in columns.keys() - table.columns_dict.keys():
+                table.add_column(column, columns[column])  # an older version's table
+            return work(table)
         finally:
             database.conn.close()
     except sqlite3.OperationalError as error:

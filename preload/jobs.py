@@ -130,6 +130,7 @@ class Job:
             submitted=self.submitted,
             result=self.result,
             error=self.error,
+            related=list(self.request.related),
         )
 
     @classmethod
@@ -137,7 +138,7 @@ class Job:
         """The job that a row keeps."""
         return cls(
             identity=row.id,
-            request=ImageRequest(row.reference, row.platform, row.face),
+            request=ImageRequest(row.reference, row.platform, row.face, tuple(row.related or ())),
             owner=row.owner,
             priority=row.priority,
             pin_seconds=row.pin_seconds,

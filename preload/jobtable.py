@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from imagecache.statetable import with_table
 
 T = TypeVar("T")
+_AS_JSON = ("result", "error", "related")
 _STATES = ("queued", "paused", "running", "done", "failed", "cancelled")
 
 
@@ -31,6 +32,7 @@ class JobRow:
     submitted: float
     result: dict[str, Any] | None
     error: dict[str, Any] | None
+    related: list[str] | None = None  # images whose chunks are used again
 
 
 _COLUMNS: dict[str, type] = dict.fromkeys(JobRow.__slots__, str) | {
@@ -65,7 +67,7 @@ class JobTable:
         names = ", ".join(JobRow.__slots__)
         places = ", ".join("?" * len(JobRow.__slots__))
         kept = [
-            tuple((asdict(row) | {"result": _text(row.result), "error": _text(row.error)}).values())
+            tuple((asdict(row) | {n: _text(getattr(row, n)) for n in _AS_JSON}).values())
             for row in rows
         ]
 
@@ -88,12 +90,12 @@ class JobTable:
         self._with(work)
 
 
-def _text(value: dict[str, Any] | None) -> str | None:
+def _text(value: object) -> str | None:
     return None if value is None else json.dumps(value)
 
 
 def _row(found: dict[str, Any]) -> JobRow:
-    for name in ("result", "error"):
+    for name in _AS_JSON:
         found[name] = None if found[name] is None else json.loads(found[name])
     if found["state"] not in _STATES:
         raise ValueError(found["state"])

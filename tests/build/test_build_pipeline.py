@@ -1,6 +1,7 @@
 """Builds: what is stored, what is reused, what a kill leaves, what a hostile layer costs."""
 
 import asyncio
+import dataclasses
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ from imagecache.build.progress import BuildResult
 from imagecache.build.workers import Worker
 from imagecache.composition import ImageRequest, build_image, opened_catalog
 from imagecache.errors import Busy, CubecacheError, LimitExceeded, NotFound, Rejected
-from imagecache.settings import Settings
+from imagecache.settings import BuildSection, Settings
 from imagecache.verify import Verifier
 
 
@@ -108,6 +109,22 @@ def test_block_image_does_not_depend_on_what_the_store_held(tmp_path: Path) -> N
     beside = build(settings(tmp_path, "two"), first)
     assert alone.block_image == beside.block_image
     assert beside.new_chunks < alone.new_chunks or beside.new_layers == alone.new_layers
+
+
+def test_named_images_of_other_repositories_give_their_chunks(tmp_path: Path) -> None:
+    """`--reference`: what they hold is not stored again, and no digest notices."""
+    first = write_image(tmp_path / "a", [base_layer()])
+    second = write_image(tmp_path / "b", [[*base_layer(), Entry("zz", content=noise(5, 9000))]])
+    alone = settings(tmp_path, "alone")
+    build(alone, first)
+    stranger = build(alone, second)
+    where = settings(tmp_path, "related")
+    build(where, first)
+    configured = dataclasses.replace(where, build=BuildSection(related=(first, "oci:/not/there")))
+    related = build(configured, second)
+    assert related.block_image == stranger.block_image
+    assert related.stored_bytes * 10 < stranger.stored_bytes
+    assert damaged(where) == (2, [])
 
 
 def test_empty_image_and_repeated_layer(tmp_path: Path) -> None:
