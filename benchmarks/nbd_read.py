@@ -3,7 +3,8 @@
 All three serve the same bytes (the virtual disk of a real multi-layer image) over a unix socket,
 from memory: ours from its filled arena with recording and metrics on, the others from a page-cached
 file. fio's nbd engine reads them in turn, round by round; the medians of the rounds are compared.
-Holes before the first layer are left out: who knows them answers them without reading.
+Holes before the first layer are left out: who knows them answers them without reading. The limit is
+what the smallest possible loop pushes through such a socket (pushlimit.c), the share ours of it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 from imagemaker.make import TAG, make
 from imagemaker.recipes import RECIPES
+from pushlimit import PushLimit
 from testbed.machine import ROOT, commit, machine, version
 from testbed.processes import Process, Stage
 
@@ -141,20 +143,35 @@ def start_peers(stage: Stage, disk: Path) -> list[Server]:
     return [Server(name, f"nbd+unix:///?socket={path}") for name, path in sockets.items()]
 
 
-def compare(
-    servers: list[Server], span: Span, loads: list[Workload], rounds: int, seconds: int
+def push(limit: PushLimit, load: Workload, connections: int, seconds: int) -> Measurement:
+    """One run of the smallest loop, which measures no single request."""
+    block = int(load.block[:-1]) << {"k": 10, "m": 20}[load.block[-1]]
+    random = load.pattern == "randread"
+    rate = limit.replies_per_second(block, load.depth, connections, seconds, random=random)
+    return Measurement(rate, rate * block, 0.0, 0.0)
+
+
+def compare(  # noqa: PLR0917 - one caller, in this order
+    servers: list[Server],
+    limit: PushLimit,
+    span: Span,
+    loads: list[Workload],
+    rounds: int,
+    seconds: int,
 ) -> list[dict[str, Any]]:
     """Measures every workload with one connection and four, the servers in turn in each round."""
     rows = []
     for load in loads:
         for connections in (1, 4):
             runs: dict[str, list[Measurement]] = {server.name: [] for server in servers}
+            runs["limit"] = []
             for number in range(rounds):
                 # Each round begins with another server, so none always follows the same one.
                 turn = number % len(servers)
                 for server in servers[turn:] + servers[:turn]:
                     found = measure(server.uri, span, load, connections, seconds)
                     runs[server.name].append(found)
+                runs["limit"].append(push(limit, load, connections, seconds))
             rows.append({"workload": load.name, "connections": connections} | summary(runs))
             print(table_row(rows[-1]), flush=True)
     return rows
@@ -170,34 +187,41 @@ def summary(runs: dict[str, list[Measurement]]) -> dict[str, Any]:
         for name, measured in runs.items()
     }
     ours = medians["cubecache"]["reads_per_second"]
-    ratios = {
-        name: ours / median["reads_per_second"]
-        for name, median in medians.items()
-        if name != "cubecache"
-    }
+    ratios = {name: ours / median["reads_per_second"] for name, median in medians.items()}
+    del ratios["cubecache"]
+    share = ratios.pop("limit")
     singles = {
         name: [round(found.reads_per_second) for found in measured]
         for name, measured in runs.items()
     }
-    return {"medians": medians, "ratios": ratios, "runs_reads_per_second": singles}
+    return {
+        "medians": medians,
+        "ratios": ratios,
+        "share_of_limit": share,
+        "runs_reads_per_second": singles,
+    }
 
 
 def table_head() -> str:
     """The head of the Markdown table."""
     return (
-        "| workload | connections | cubecache | nbdkit file | qemu-nbd | / nbdkit | / qemu-nbd |\n"
-        "| --- | --- | --- | --- | --- | --- | --- |"
+        "| workload | connections | cubecache | nbdkit file | qemu-nbd | limit "
+        "| / nbdkit | / qemu-nbd | / limit | p50 us: ours, nbdkit, qemu-nbd |\n"
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
     )
 
 
 def table_row(row: dict[str, Any]) -> str:
-    """One row: reads per second and bandwidth of each, and our ratios."""
+    """One row: reads per second and bandwidth of each, our ratios, and latencies."""
     cells = [
         f"{row['medians'][name]['reads_per_second']:,.0f}/s "
         f"{row['medians'][name]['bytes_per_second'] / 1e6:,.0f} MB/s"
-        for name in ("cubecache", "nbdkit", "qemu-nbd")
+        for name in ("cubecache", "nbdkit", "qemu-nbd", "limit")
     ]
     ratios = [f"{row['ratios'][name]:.2f}" for name in ("nbdkit", "qemu-nbd")]
+    ratios.append(f"{row['share_of_limit']:.2f}")
+    latencies = (row["medians"][name]["median_us"] for name in ("cubecache", "nbdkit", "qemu-nbd"))
+    ratios.append(", ".join(f"{each:.0f}" for each in latencies))
     return f"| {' | '.join([row['workload'], str(row['connections']), *cells, *ratios])} |"
 
 
@@ -216,6 +240,7 @@ def main() -> int:
         disk = stage.folder / "disk.img"
         run(["nbdcopy", ours.uri, str(disk)])
         servers = [ours, *start_peers(stage, disk)]
+        limit = PushLimit.build(stage.folder, disk, span.offset, span.length)
         for peer in servers[1:]:
             run(["qemu-img", "compare", "-f", "raw", "-F", "raw", ours.uri, peer.uri])
         about = {
@@ -240,7 +265,7 @@ def main() -> int:
         if float(str(about["load_before"])) > 1:
             print("this machine is busy: what follows says little", file=sys.stderr)
         print(table_head(), flush=True)
-        rows = compare(servers, span, loads, chosen.rounds, chosen.seconds)
+        rows = compare(servers, limit, span, loads, chosen.rounds, chosen.seconds)
     chosen.output.parent.mkdir(parents=True, exist_ok=True)
     chosen.output.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
     print(f"written to {chosen.output}")
