@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from imagecache.buckets import Buckets
+from imagecache.cache.events import Cause
 from imagecache.store.base import Priority
 
 
@@ -31,6 +33,9 @@ class FetchCounters:
     repaired: int = 0  # of these, right when asked for again
     dropped_ahead: int = 0
     overtakes: int = 0  # demand that did not wait for a stream to bring its chunk
+    waits: dict[Cause, Buckets] = field(  # of all exports' reads, those that are gone too
+        default_factory=lambda: {cause: Buckets() for cause in Cause}
+    )
 
 
 @dataclass(slots=True)

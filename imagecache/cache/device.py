@@ -284,6 +284,7 @@ class BlockImageDevice(ReadOnlyDevice):
     def _account(self, wait: Wait) -> None:
         self.counters.misses += 1
         self.counters.waited_seconds += wait.seconds
+        self._fetcher.counters.waits[wait.cause].add(wait.seconds)
         self.counters.errors += wait.error is not None
         if self.recorder is not None:
             self.recorder.waited(wait)

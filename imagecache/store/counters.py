@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 
+from imagecache.buckets import Buckets
 from imagecache.store.base import Priority
 
 
@@ -13,8 +14,8 @@ class ClassCounters:
 
     `requests` counts every attempt that was sent, retries and hedges included; `hedges` those that
     were sent beside a slow one, `hedges_won` those that were the first to answer; `throttled` the
-    errors that were a request to slow down; `seconds` the time of all attempts, `waited_seconds`
-    the time in the queue for a place.
+    errors that were a request to slow down; `seconds` the time of all attempts, `times` that of
+    each, `waited_seconds` the time in the queue for a place.
     """
 
     requests: int = 0
@@ -26,6 +27,7 @@ class ClassCounters:
     hedges_won: int = 0
     seconds: float = 0.0
     waited_seconds: float = 0.0
+    times: Buckets = field(default_factory=Buckets)
 
 
 def _classes() -> tuple[ClassCounters, ...]:

@@ -38,7 +38,9 @@ class MeteredReader:
             counters.throttled += isinstance(error, Throttled)
             raise
         finally:
-            counters.seconds += time.perf_counter() - started
+            seconds = time.perf_counter() - started
+            counters.seconds += seconds
+            counters.times.add(seconds)
         counters.bytes += len(body)
         return body
 
