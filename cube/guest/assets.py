@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from cube.guest import agent, cpio
+from cube.guest import agent, cpio, tools
 from cube.guest.modules import Module, select_modules
 from cube.guest.packages import Downloader, machine, packages_for_host, unpack
 from imagecache.errors import Denied, NotFound, Rejected, Unavailable, Unsupported
@@ -78,6 +78,15 @@ def ensure_guest(
         release = str(json.loads((parts / "parts.json").read_text())["release"])
         image = initrd or _cached_initramfs(cache, built, parts, release)
         return GuestFiles(parts / "vmlinuz", image.absolute(), release, khz)
+
+
+def ensure_tools(cache: Path) -> Path:
+    """The tools disk (s3fs), made if it is missing; blocking, downloads the first time.
+
+    Raises NotFound, Unavailable, Unsupported, NoSpace, Denied.
+    """
+    with _locked(cache):
+        return tools.make_tools(cache)
 
 
 def kernel_release(kernel: Path) -> str:

@@ -95,6 +95,18 @@ class Downloader:
             )
         return parts
 
+    def closure(self, package: str) -> list[str]:
+        """The real packages that `package` needs, and theirs in turn; raises Unavailable."""
+        words = ("--recurse", "--important", "--no-conflicts", "--no-breaks", "--no-replaces")
+        result = self._apt("apt-cache", "depends", *words, package, directory=self._work)
+        if result.returncode != 0 and not self._private:
+            self._refresh()
+            result = self._apt("apt-cache", "depends", *words, package, directory=self._work)
+        if result.returncode != 0:
+            raise _failure(f"the package sources do not know {package}", result.stderr)
+        names = re.findall(r"^([a-z0-9][a-z0-9+.-]*)$", result.stdout, re.MULTILINE)
+        return sorted(set(names) - {package})
+
     def _depends(self, name: str) -> list[str]:
         result = self._apt("apt-cache", "depends", "--important", name, directory=self._work)
         if result.returncode != 0 and not self._private:
