@@ -30,7 +30,11 @@ class Sockets:
     def __init__(self, nbd: Server, passed: list[socket.socket] | None = None) -> None:
         """`passed` are listening sockets; what nobody asks for is closed by `close_rest`."""
         self._nbd = nbd
-        self._passed = {_place(sock): sock for sock in passed or []}
+        self._passed: dict[str, socket.socket] = {}
+        for sock in passed or []:
+            twice = self._passed.setdefault(_place(sock), sock)
+            if twice is not sock:  # by its unit and from the store: one and the same
+                sock.close()
 
     def take(self, place: str) -> socket.socket | None:
         """The passed socket that is bound there (a path, or HOST:PORT), once."""

@@ -28,8 +28,14 @@ def test_units_verify_clean(tmp_path: Path) -> None:
     # What is not installed on the machine of this test has a stand-in.
     text = text.replace("/usr/bin/cubecache serve", "/bin/true").replace("cubecache\n", "root\n")
     unit.write_text(text.replace("Directory=root", "Directory=cubecache"))
+    sockets = tmp_path / "cubecache.socket"
+    sockets.write_text((UNITS / "cubecache.socket").read_text().replace("=cubecache\n", "=root\n"))
     outcome = subprocess.run(
-        ["systemd-analyze", "verify", "--man=no", unit], capture_output=True, text=True, check=False
+        ["systemd-analyze", "verify", "--man=no", unit, sockets],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
     )
     assert (outcome.returncode, outcome.stdout + outcome.stderr) == (0, "")
 

@@ -38,7 +38,7 @@ class ServedHost:
         self.environment: dict[str, str] = kept | {"CUBECACHE_STATE_DIR": str(state)}
         self.log = state.parent / f"{state.name}.log"
         self.pid = 0
-        self._children: list[subprocess.Popen[bytes]] = []
+        self.children: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> "ServedHost":
         return self
@@ -46,7 +46,7 @@ class ServedHost:
     def __exit__(self, *_: object) -> None:
         if self.pid and alive(self.pid):
             os.kill(self.pid, signal.SIGKILL)
-        for child in self._children:
+        for child in self.children:
             child.kill()
             child.wait(SECONDS)
 
@@ -81,7 +81,7 @@ class ServedHost:
                 pass_fds=pass_fds,
                 **rest,
             )
-        self._children.append(child)
+        self.children.append(child)
         self.pid = child.pid
         return child
 
@@ -132,7 +132,7 @@ class ServedHost:
         deadline = time.monotonic() + SECONDS
         while alive(old):
             assert time.monotonic() < deadline, self.log.read_text()
-            for child in self._children:
+            for child in self.children:
                 child.poll()
             time.sleep(0.01)
         self.pid = pid
@@ -143,7 +143,7 @@ class ServedHost:
         deadline = time.monotonic() + SECONDS
         while alive(self.pid):
             assert time.monotonic() < deadline
-            for child in self._children:
+            for child in self.children:
                 child.poll()
             time.sleep(0.005)
 
@@ -152,7 +152,7 @@ class ServedHost:
         deadline = time.monotonic() + SECONDS
         while alive(self.pid):
             assert time.monotonic() < deadline, self.log.read_text()
-            for child in self._children:
+            for child in self.children:
                 child.poll()
             time.sleep(0.01)
 
