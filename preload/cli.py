@@ -60,6 +60,13 @@ def show_job(terminal: Terminal, job: dict[str, Any]) -> None:
 @click.option(
     "--priority", type=click.IntRange(-100, 100), default=0, help="Higher goes first (daemon)."
 )
+@click.option(
+    "--reference",
+    "related",
+    multiple=True,
+    metavar="IMAGE",
+    help="A preloaded image whose chunks need not be stored again; repeatable.",
+)
 @click.option("--pin", metavar="TIME", help="Keep the images for so long, as in 12h or 7d.")
 @json_option
 @click.pass_obj
@@ -72,6 +79,7 @@ def preload(
     dry_run: bool,
     detach: bool,
     priority: int,
+    related: tuple[str, ...],
     pin: str | None,
 ) -> None:
     """Pull, flatten and store images, so that they start at once later.
@@ -80,7 +88,7 @@ def preload(
     converted again. An interrupted preload resumes. Where a daemon runs on this state directory
     it does the work, one image after the other; its jobs survive it.
     """
-    requests = [ImageRequest.parse(image, platform, face) for image in images]
+    requests = [ImageRequest.parse(image, platform, face, related) for image in images]
     if dry_run:
         asyncio.run(_plan(session, requests))
         return

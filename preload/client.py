@@ -95,7 +95,8 @@ class Client:
     ) -> list[dict[str, Any]]:
         """Queues preloads and returns their jobs' JSON objects, in order; does not wait.
 
-        All requests are of one platform and face. Raises Busy where too many wait.
+        All requests are of one platform and face, and related to the same images. Raises Busy
+        where too many wait.
         """
         body = {
             "images": [request.reference for request in requests],
@@ -103,6 +104,7 @@ class Client:
             "fs": requests[0].face,
             "priority": priority,
             "pin_seconds": pin_seconds or None,
+            "related": list(requests[0].related) or None,
         }
         jobs: list[dict[str, Any]] = (await self.call("POST", "/v1/preloads", body))["preloads"]
         return jobs

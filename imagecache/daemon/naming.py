@@ -24,7 +24,12 @@ _REMEDY = "call over the unix socket, or set [api] private_images"
 
 async def requested(settings: Settings, call: Call, reference: str) -> ImageRequest:
     """The image that a body names, if the caller may name it."""
-    image = ImageRequest.parse(reference, call.body["platform"], call.body["fs"] or "erofs")
+    image = ImageRequest.parse(
+        reference,
+        call.body["platform"],
+        call.body["fs"] or "erofs",
+        call.body.get("related") or (),
+    )
     if call.caller.remote and not settings.api.private_images:
         await require_public(image.reference)
     return image

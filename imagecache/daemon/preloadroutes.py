@@ -31,6 +31,7 @@ _PRELOADS = (
     FACE,
     Field("priority", "number", "Higher goes first.", least=-100, most=100),
     Field("pin_seconds", "number", "Pin the image for so long.", least=1, most=MAX_PIN_SECONDS),
+    Field("related", "texts", "Images of the store whose chunks are used again.", items=8),
 )
 _WAIT = (
     Field("wait", "number", "Answer when the version changes, or after so many seconds.", most=60),

@@ -2,12 +2,14 @@
 
 import json
 import os
+import random
 import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from kits.image import recipe_layout, reference
+from imagemaker.entries import Entry
+from kits.image import recipe_layout, reference, write_image
 from kits.journey import ROOT, Cubecache
 from testbed.processes import Stage
 
@@ -55,6 +57,26 @@ def test_a_real_image_built_by_nobody_in_a_sandbox_is_the_same(
     relative = new_cubecache()
     relative.preload(reference(recipe_layout("python-numpy-v2")))
     assert build(relative, python_numpy, 0o027, TZ="Asia/Kolkata") == normal
+
+
+def test_reference_images_give_their_chunks(
+    new_cubecache: Callable[..., Cubecache], tmp_path: Path
+) -> None:
+    """`preload --reference`, in the command itself and through a daemon: less is stored, and the
+    digest is the same."""
+    shared = [Entry(f"f{n}", content=random.Random(n).randbytes(90_000)) for n in range(12)]
+    known = write_image(tmp_path / "known", [shared])
+    first = write_image(tmp_path / "first", [[*shared, Entry("g1", content=b"1")]])
+    second = write_image(tmp_path / "second", [[*shared, Entry("g2", content=b"2")]])
+    alone = new_cubecache().preload(first)
+    cubecache = new_cubecache()
+    cubecache.preload(known)
+    (here,) = cubecache.run("preload", first, "--reference", known, "--json").lines()
+    assert here["block_image"] == alone["block_image"]
+    assert here["stored_bytes"] * 4 < alone["stored_bytes"]
+    cubecache.serve()
+    (there,) = cubecache.run("preload", second, "--reference", known, "--json").lines()
+    assert there["stored_bytes"] * 4 < alone["stored_bytes"]
 
 
 SANDBOX = r"""
