@@ -113,8 +113,8 @@ class _Collector:
         )
         yield _gauge("cubecache_ready", "1 once exports are served.", float(service.ready))
         failed = sum(export.failure is not None for export in service.exports())
-        yield _gauge("cubecache_exports", "Exports, failed ones too.", len(service.exports()))
-        yield _gauge("cubecache_exports_failed", "Exports that are not served; any.", failed)
+        yield _gauge("cubecache_exports", "Exports, failed ones too; high: nobody unexports what ended.", len(service.exports()))
+        yield _gauge("cubecache_exports_failed", "Exports that are not served; any: see their failure.", failed)
         stats = service.arena.stats()
         for name, grows, field, text in _ARENA:
             make = _counter if grows else _gauge

@@ -1,5 +1,6 @@
 """What Prometheus and the dashboard see."""
 
+import asyncio
 import dataclasses
 import json
 import re
@@ -12,6 +13,7 @@ from imagecache.daemon import metrics
 from imagecache.daemon.exports import LiveExport
 from imagecache.daemon.metrics import OTHERS, exposition
 from imagecache.daemon.service import ExportRequest, Service
+from imagecache.daemon.watched import Watched
 
 DASHBOARD = Path(__file__).parents[2] / "packaging/grafana/cubecache.json"
 
@@ -24,16 +26,40 @@ async def test_every_metric_has_help_and_the_dashboard_asks_for_what_is_there(
     service: Service, built: str
 ) -> None:
     await exported(service, built)
-    families = list(text_string_to_metric_families(exposition(service)))
+    watched = Watched(service)
+    watched.timings.by_operation["status"].add(0.01)
+    watched.realm.collections(0)
+    for _ in range(600):
+        if watched.realm.collections(60) is not None:
+            break
+        await asyncio.sleep(0.1)
+    families = list(text_string_to_metric_families(exposition(service, watched)))
+    await watched.realm.close()
     assert all(len(family.documentation) > 10 for family in families)
     samples = {sample.name for family in families for sample in family.samples}
     labels = {
         label for family in families for sample in family.samples for label in sample.labels
     } | {"instance"}
+    for family in families:  # what a high value means, or that it is good
+        told = family.documentation.lower()
+        means = (
+            "high",
+            "any",
+            "near",
+            "lower",
+            "none",
+            "many",
+            "rise",
+            "far",
+            "at ",
+            "1 ",
+            "these",
+        )
+        assert family.name.startswith("process_") or any(word in told for word in means), told
     dashboard = json.loads(DASHBOARD.read_text())
     targets = [target for panel in dashboard["panels"] for target in panel["targets"]]
     asked = {name for t in targets for name in re.findall(r"cubecache_\w+", t["expr"])}
-    assert len(targets) > 15
+    assert len(targets) > 35
     assert asked <= samples, asked - samples
     used = {label for t in targets for label in re.findall(r"\{\{(\w+)\}\}", t["legendFormat"])}
     assert used <= labels
