@@ -39,12 +39,13 @@ def test_byte_table_matches_its_struct(module: str, name: str, rows: str) -> Non
 
 
 def test_document_names_the_magics_that_the_code_writes() -> None:
-    from imagecache.blockimage import envelope, layerindex, locations, manifest
+    from imagecache.blockimage import envelope, layerindex, locations, manifest, seals
     from imagecache.packs import pack
 
     text = DOCUMENT.read_text()
     for magic in (
         envelope.MAGIC,
+        seals.MAGIC,
         layerindex.MAGIC,
         manifest.MAGIC,
         locations.MAGIC,
