@@ -346,7 +346,8 @@ class Connection:
 
     def _violated(self, reason: str) -> None:
         self._counters.violations += 1
-        _log.info("closing a client of %r: %s", self.session.export, reason)
+        name = self.session.export
+        _log.info("closing a client of %r: %s", name, reason, extra={"export": name})
         self._sender.flush()
         self.abort()
 

@@ -112,8 +112,12 @@ class InFlight:
         if task.cancelled():
             self._taken_back.append(request)
         elif task.exception() is not None:
+            name = self._session.export
             _log.error(
-                "a request of %r failed oddly", self._session.export, exc_info=task.exception()
+                "a request of %r failed oddly",
+                name,
+                exc_info=task.exception(),
+                extra={"export": name},
             )
             self._on_broken()
         self._on_answered()
@@ -141,7 +145,8 @@ class InFlight:
             self.fail(request, EIO, "the device did not answer in time")
         except Exception:
             # A device's bug is that request's error; the connection and its neighbours live on.
-            _log.exception("the device of export %r failed", self._session.export)
+            name = self._session.export
+            _log.exception("the device of export %r failed", name, extra={"export": name})
             self.fail(request, EIO, "internal error")
         else:
             if isinstance(payload, memoryview):
@@ -160,5 +165,8 @@ class InFlight:
     def fail(self, request: Request, error: int, message: str = "") -> None:
         """Answer with a protocol error value."""
         self._counters.errors += 1
+        if error == EIO:  # others are the client's own; this one somebody has to look at
+            name = self._session.export
+            _log.warning("a request of %r failed: %s", name, message, extra={"export": name})
         mode = self._session.mode
         self._sender.answer(encode_error(mode, request.cookie, request.offset, error, message))

@@ -203,7 +203,10 @@ class Sender:
                 return
             if self._progress == before and self._repairing is None:
                 self._counters.stalls += 1
-                _log.info("closing a client of %r: it reads no answers", self._session.export)
+                name = self._session.export
+                _log.info(
+                    "closing a client of %r: it reads no answers", name, extra={"export": name}
+                )
                 self._on_broken()
             else:
                 self._watch_for_stall()
@@ -255,7 +258,8 @@ class Sender:
         if self._closed:
             return
         if task.cancelled() or task.exception() is not None:
-            _log.error("copying after a fault failed: %r", self._session.export)
+            name = self._session.export
+            _log.error("copying after a fault failed: %r", name, extra={"export": name})
             self._on_broken()
             return
         self._start_writing()

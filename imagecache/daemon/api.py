@@ -23,6 +23,7 @@ from imagecache.daemon.upgrade import Upgrade
 from imagecache.daemon.upgraderoutes import UpgradeRoutes
 from imagecache.daemon.watched import Timings, Watched
 from imagecache.explain.page import figures_html, page_html
+from imagecache.logcontext import about
 from imagecache.settings import FILLS
 
 GATE: web.AppKey[Gate] = web.AppKey("gate", Gate)
@@ -97,11 +98,12 @@ def _admitted(
         query = query_values(list(request.query.items()), declared.query)
         raw = b"" if declared.body is None else await gate.body(request)
         body = {} if declared.body is None else checked(decoded(raw), declared.body)
-        if declared.method != "POST":
-            return await handler(Call(request, caller, body, query))
-        return await gate.once(
-            request, caller, raw, lambda _: handler(Call(request, caller, body, query))
-        )
+        call = Call(request, caller, body, query)
+        place = request.match_info
+        with about(export=place.get("name", ""), job=place.get("id", ""), owner=caller.owner):
+            if declared.method != "POST":
+                return await handler(call)
+            return await gate.once(request, caller, raw, lambda _: handler(call))
 
     async def handle(request: web.Request) -> web.StreamResponse:
         with timings.of(declared.identity):

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import socket
+import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from uuid import uuid4
@@ -63,10 +64,17 @@ class Gate:
             if not _KEY.fullmatch(identity):
                 identity = uuid4().hex
             request[REQUEST_ID] = identity
+            began = time.perf_counter()
             self._serving.add(request.protocol)
             try:
                 with about(request=identity):
                     answer = await self._answered(request, handler)
+                    if request.method != "GET" or answer.status >= 500:
+                        seconds = time.perf_counter() - began
+                        path = request.path[:200]
+                        logger.info(
+                            "%s %s: %d, %.3f s", request.method, path, answer.status, seconds
+                        )
             finally:
                 self._serving.discard(request.protocol)
                 self._seen[request.protocol] = asyncio.get_running_loop().time()

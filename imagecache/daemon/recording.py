@@ -24,6 +24,7 @@ from imagecache.composition import alias_name
 from imagecache.daemon.exporttable import ExportRecord
 from imagecache.errors import Busy, CubecacheError, Unavailable
 from imagecache.explain.report import Ahead, StartFacts, build_report
+from imagecache.logcontext import about
 from imagecache.oci.reference import parse_reference
 from imagecache.profile.calm import CalmRule
 from imagecache.profile.mapping import ordinals_of, profile_of
@@ -167,7 +168,8 @@ class ExportStart:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _spawn(self, job: Any) -> None:
-        task = asyncio.get_running_loop().create_task(job)
+        with about(export=self._record.name, owner=self._record.owner or ""):
+            task = asyncio.get_running_loop().create_task(job)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

@@ -165,7 +165,12 @@ class Service:
                     await self.attachments.attach(export)
             except CubecacheError as error:
                 export.failure = str(error)
-                logger.warning("export %s cannot be restored: %s", record.name, error)
+                logger.warning(
+                    "export %s cannot be restored: %s",
+                    record.name,
+                    error,
+                    extra={"export": record.name},
+                )
         self.sockets.listen_unix(self.settings.nbd_socket, self.shared_view)
         if self.settings.nbd.tcp:
             self.sockets.listen_tcp(self.settings.nbd.tcp, self.shared_view)
@@ -274,7 +279,7 @@ class Service:
                 await asyncio.to_thread(self._table.save, record)
             self._live[name] = export
             self.holding.changed()
-            logger.info("export %s of %s", name, root.image)
+            logger.info("export %s of %s", name, root.image, extra={"export": name})
             return export
 
     def _check(self, request: ExportRequest) -> None:

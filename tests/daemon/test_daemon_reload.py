@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Iterator
 
+import aiohttp
 import pytest
 
 from imagecache.daemon.logs import (
@@ -19,6 +20,7 @@ from imagecache.daemon.logs import (
 from imagecache.daemon.serve import serve
 from imagecache.daemon.service import Service
 from imagecache.errors import UsageError
+from imagecache.logcontext import about
 from imagecache.settings import Settings
 
 
@@ -76,6 +78,59 @@ def test_log_lines_are_one_line_each_and_keep_their_fields() -> None:
     assert "\n" not in line
     assert json.loads(line)["export"] == "a\nb"
     assert json.loads(line)["level"] == "info"
+
+
+@pytest.mark.quick
+async def test_lines_name_what_the_work_that_logs_them_is_about() -> None:
+    """What a task starts inherits it; an inner name wins; afterwards a line names nothing."""
+
+    async def below() -> str:
+        with about(job="j", owner=""):
+            return JsonFormatter().format(record("deep", export="other"))
+
+    with about(request="r", export="e"):
+        task = asyncio.create_task(below())
+    line = json.loads(await task)
+    assert (line["request"], line["export"], line["job"]) == ("r", "other", "j")
+    assert "owner" not in line
+    assert set(json.loads(JsonFormatter().format(record("x")))) == {
+        "time",
+        "level",
+        "logger",
+        "message",
+    }
+
+
+async def test_a_request_has_one_id_in_its_answer_its_problem_and_its_lines(
+    daemon: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The caller's id where it gave a good one; the export of a path is on the line too."""
+    formatted: list[str] = []
+
+    class Kept(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            formatted.append(TextFormatter().format(record))
+
+    kept = Kept()
+    logging.getLogger("imagecache.daemon").addHandler(kept)
+    caplog.set_level(logging.INFO, "imagecache.daemon")
+    try:
+        connector = aiohttp.UnixConnector(path=str(daemon.control_socket))
+        async with aiohttp.ClientSession(connector=connector) as session:
+            for given in ("mine-1", "not one\t"):
+                async with session.delete(
+                    "http://x/v1/exports/absent", headers={"X-Request-Id": given}
+                ) as answer:
+                    problem = await answer.json(content_type=None)
+                    identity = answer.headers["X-Request-Id"]
+                assert answer.status == 404
+                assert problem["request"] == identity
+                assert (identity == given) is (given == "mine-1")
+                assert any(
+                    f"request={identity}" in line and "DELETE" in line for line in formatted
+                ), formatted
+    finally:
+        logging.getLogger("imagecache.daemon").removeHandler(kept)
 
 
 @pytest.mark.quick
