@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import os
 import re
 import secrets
@@ -19,7 +20,14 @@ from cube.guest.assets import default_cache
 from cube.mounting import mount, umount
 from cube.run import RootExport, RunOutcome, RunSettings, Streams, run_image
 from imagecache.errors import CubecacheError
-from imagecache.session import Session, face_option, fill_option, json_option, platform_option
+from imagecache.session import (
+    Session,
+    face_option,
+    fill_option,
+    json_option,
+    platform_option,
+    record_option,
+)
 from preload.client import Client, ExportHandle, connect
 
 _SIZE = re.compile(r"(\d{1,9})([KMGT]?)(iB|B|b)?", re.IGNORECASE)
@@ -28,8 +36,28 @@ _UNITS = {"": 1 << 20, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 def register(group: click.Group) -> None:
     """Adds this package's commands."""
-    for command in (run, mount, umount):
+    for command in (run, mount, umount, pod):
         group.add_command(command)
+
+
+class _Pods(click.Group):
+    """`pod`, whose commands are imported when one is used: they need what others do not."""
+
+    @property
+    def _commands(self) -> click.Group:
+        group: click.Group = importlib.import_module("cube.podcommands").pod
+        return group
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return self._commands.list_commands(ctx)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        return self._commands.get_command(ctx, cmd_name)
+
+
+@click.group(cls=_Pods)
+def pod() -> None:
+    """Run Kubernetes pods in microVMs, one machine a pod."""
 
 
 class _Size(click.ParamType):  # type: ignore[type-arg]  # older click has no []
@@ -72,6 +100,7 @@ class _Size(click.ParamType):  # type: ignore[type-arg]  # older click has no []
 @platform_option
 @face_option
 @fill_option
+@record_option
 @json_option
 @click.pass_obj
 def run(
@@ -94,6 +123,7 @@ def run(
     platform: str | None,
     face: str,
     fill: str | None,
+    record: bool,
 ) -> int:
     """Run an image's program in a microVM whose root is that image, read lazily.
 
@@ -130,6 +160,7 @@ def run(
                     socket=Path(directory) / "root.sock",
                     name=name,
                     fill=fill,
+                    record=record,
                     platform=platform,
                     face=face,
                 )
@@ -138,6 +169,8 @@ def run(
                     root = _root_of(handle)
                     return handle, await run_image(root, overrides, settings, streams), exported
                 finally:
+                    if record:
+                        await _store_recording(client, handle.name, session)
                     await _unexport(client, handle.name, session)
 
     try:
@@ -167,6 +200,17 @@ def _root_of(handle: ExportHandle) -> RootExport:
             working_directory=handle.config.working_dir,
         ),
     )
+
+
+async def _store_recording(client: Client, name: str, session: Session) -> None:
+    try:
+        state = await client.stop_recording(name)
+    except CubecacheError as error:
+        session.terminal.note(f"cubecache: the start was not recorded: {error}")
+        return
+    if state["recording"] != "saved":
+        why = state["recording_error"] or state["recording"]
+        session.terminal.note(f"cubecache: the start was not recorded: {why}")
 
 
 async def _unexport(client: Client, name: str, session: Session) -> None:

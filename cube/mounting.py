@@ -31,6 +31,7 @@ from imagecache.session import (
     fill_option,
     json_option,
     platform_option,
+    record_option,
 )
 from preload.client import Client, ExportHandle, answers, connect, start_daemon
 
@@ -126,6 +127,7 @@ async def mount_image(
     fill: str | None,
     platform: str | None,
     face: str,
+    record: bool = False,
 ) -> dict[str, Any]:
     """Exports and mounts an image; nothing is left behind where it raises."""
     mounts = Mounts(settings)
@@ -139,7 +141,7 @@ async def mount_image(
             undo.callback(_stop, own.pid)
         client = await undo.enter_async_context(connect(settings, start=False))
         export = await client.export(
-            image, socket=parts / "s", fill=fill, platform=platform, face=face
+            image, socket=parts / "s", fill=fill, record=record, platform=platform, face=face
         )
         undo.push_async_callback(_unexport, client, export.name)
         fuse = parts / "f"
@@ -147,7 +149,7 @@ async def mount_image(
         undo.callback(_end_fuse, str(fuse))
         await asyncio.to_thread(_mount, export, fuse / "disk", directory)
         undo.callback(run_command, "umount", str(directory))
-        record = MountRecord(
+        made = MountRecord(
             directory=str(directory),
             image=export.image,
             export=export.name,
@@ -155,9 +157,9 @@ async def mount_image(
             fuse_directory=str(fuse),
             own_daemon=own.pid if own else None,
         )
-        await asyncio.to_thread(mounts.save, record)
+        await asyncio.to_thread(mounts.save, made)
         undo.pop_all()
-        return asdict(record)
+        return asdict(made)
 
 
 def _start_fuse(export: ExportHandle, fuse: Path) -> None:
@@ -221,6 +223,8 @@ async def umount_image(settings: Settings, directory: Path) -> dict[str, Any]:
         await asyncio.to_thread(_end_fuse, record.fuse_directory)
     if await answers(settings):
         async with connect(settings, start=False) as client:
+            with contextlib.suppress(CubecacheError):
+                await client.stop_recording(record.export)  # what `mount --record` saw is stored
             await _unexport(client, record.export)
             others = await client.exports()
         if record.own_daemon is not None and not others:
@@ -235,6 +239,7 @@ async def umount_image(settings: Settings, directory: Path) -> dict[str, Any]:
 @platform_option
 @face_option
 @fill_option
+@record_option
 @json_option
 @click.pass_obj
 def mount(
@@ -245,6 +250,7 @@ def mount(
     platform: str | None,
     face: str,
     fill: str | None,
+    record: bool,
 ) -> None:
     """Mount an image lazily on this host, read-only."""
     answer = asyncio.run(
@@ -255,6 +261,7 @@ def mount(
             fill=fill,
             platform=platform,
             face=face,
+            record=record,
         )
     )
     session.terminal.answer(answer, f"{image} is mounted on {directory}")

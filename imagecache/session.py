@@ -106,3 +106,11 @@ def fill_option(command: F) -> F:
         help="How much to fetch in the background; default: whole where it fits the cache.",
     )
     return option(command)
+
+
+def record_option(command: F) -> F:
+    """Adds `--record`."""
+    option = click.option(
+        "--record", is_flag=True, help="Record what the start reads: `cubecache profile`."
+    )
+    return option(command)

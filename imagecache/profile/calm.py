@@ -11,7 +11,9 @@ class CalmRule:
 
     The while grows with the start itself (`share` of it), because a program that loads for twenty
     seconds also computes for some between two reads; it is at least `least` and at most `most`. A
-    read touches new blocks in bursts: `trickle_bytes` per quiet period still count as calm.
+    read touches new blocks in bursts: `trickle_bytes` per quiet period still count as calm. Before
+    the first burst there are only the probes of who attaches a disk, and a machine may take long
+    from there to its first mount: until then only `limit` counts.
     """
 
     least: float = 2.0
@@ -31,6 +33,7 @@ class Calm:
     def __init__(self, rule: CalmRule) -> None:
         self._rule = rule
         self._begin: float | None = None
+        self._had_burst = False
         self._burst_end = 0.0  # when more than a trickle was last completed
         self._trickle = 0
         self._trickle_since = 0.0
@@ -45,11 +48,14 @@ class Calm:
         self._trickle += new_bytes
         if self._trickle > self._rule.trickle_bytes:
             self._burst_end = self._trickle_since = now
-            self._trickle = 0
+            self._trickle, self._had_burst = 0, True
 
     def ends_at(self) -> float | None:
         """When the start counts as over if nothing more comes; None before the first read."""
         if self._begin is None:
             return None
+        latest = self._begin + self._rule.limit
+        if not self._had_burst:
+            return latest
         quiet = self._rule.quiet_seconds(self._burst_end - self._begin)
-        return min(self._burst_end + quiet, self._begin + self._rule.limit)
+        return min(self._burst_end + quiet, latest)

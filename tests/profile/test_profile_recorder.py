@@ -100,3 +100,12 @@ def test_a_recording_ends_at_its_limit_however_much_is_read() -> None:
     for step in range(200):
         calm.touched(step / 10, 1 << 20)
     assert calm.ends_at() == 10.0
+
+
+def test_the_probes_before_a_slow_boot_do_not_end_a_start() -> None:
+    """A disk is attached and probed, and the machine boots for half a minute before it mounts."""
+    calm = Calm(CalmRule(least=2.0, limit=120.0))
+    calm.touched(0.0, 4096)
+    assert calm.ends_at() == 120.0
+    calm.touched(30.0, 200_000)
+    assert calm.ends_at() == 45.0
