@@ -144,6 +144,7 @@ static void on_request(struct session *session, const struct frame *frame)
     }
     const char *error = request_parse(frame->payload, frame->length, &request);
     process_reset(place);
+    place->kind = frame->type == FRAME_CONNECT ? PROCESS_CONNECTION : PROCESS_EXEC;
     int code = CANNOT_SERVE;
     if (error == NULL && frame->type == FRAME_CONNECT) {
         error = process_connect(place, frame->process, &request);
