@@ -25,7 +25,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import zstandard
 from blake3 import blake3
 from cutting import LayerBlob, layout_layers
 from imagemaker.layout import LayerSource, Settings, push, write_layout
@@ -37,6 +36,7 @@ from testbed.processes import Stage
 from testbed.servers import start_registry
 
 from imagecache.chunks import MAX_CHUNK_BYTES
+from imagecache.chunks.codec import DEFAULT_LEVEL, ChunkEncoder
 from imagecache.flatten.decompress import open_layer
 from imagecache.flatten.limits import Limits
 
@@ -167,12 +167,12 @@ def stages(layers: list[LayerBlob], address: str) -> dict[str, float]:
             hashlib.sha256(layer.path.read_bytes())
 
     def encode(pieces: list[bytes]) -> None:
-        compressor = zstandard.ZstdCompressor(level=3)
+        encoder = ChunkEncoder(DEFAULT_LEVEL)
         for piece in pieces:
             for at in range(0, len(piece), MAX_CHUNK_BYTES):
                 chunk = piece[at : at + MAX_CHUNK_BYTES]
                 blake3(chunk)
-                compressor.compress(chunk)
+                encoder.encode(chunk)
 
     def encode_on_all_cores() -> None:
         cores = os.cpu_count() or 1
