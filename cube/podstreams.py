@@ -14,7 +14,7 @@ import tempfile
 import termios
 import tty as terminals
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Final
 
 from cube.orchestrator import Cube
@@ -209,7 +209,7 @@ def _unpack(packed: BinaryIO, name: str, target: Path) -> None:
             dir=into.absolute().parent, prefix=".cubecache-cp-"
         ) as near:
             with tarfile.open(fileobj=packed) as tar:
-                tar.extractall(near, filter="data")
+                _extract(tar, Path(near))
             found = Path(near) / name
             if not found.exists() and not found.is_symlink():
                 raise NotFound(f"the pod sent no {name!r}")
@@ -217,10 +217,36 @@ def _unpack(packed: BinaryIO, name: str, target: Path) -> None:
                 shutil.copytree(found, into, dirs_exist_ok=True, symlinks=True)
             else:
                 found.replace(into)
-    except (tarfile.TarError, EOFError) as error:
+    except (tarfile.TarError, EOFError, KeyError) as error:
         raise Rejected(f"the pod sent a broken or hostile archive: {error}") from error
     except OSError as error:
         raise Rejected(f"{into} cannot be written: {error.strerror}") from error
+
+
+def _extract(tar: tarfile.TarFile, into: Path) -> None:
+    """Files, directories and links below `into`. Symbolic links come last, so that nothing is
+    written through one; devices and the like are left out. Blocking.
+    """
+    links: list[tuple[Path, str]] = []
+    for member in tar:
+        parts = PurePosixPath(member.name).parts
+        if member.name.startswith("/") or ".." in parts:
+            raise Rejected(f"the pod sent the name {member.name[:80]!r}, which leaves the target")
+        path = into.joinpath(*parts)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if member.isdir():
+            path.mkdir(exist_ok=True)
+        elif member.issym():
+            links.append((path, member.linkname))
+        elif member.isreg() or member.islnk():
+            source = tar.extractfile(member)  # a hard link's is the file that it names
+            if source is None:
+                raise Rejected(f"the pod sent {member.name[:80]!r} without contents")
+            with source, path.open("xb") as file:
+                shutil.copyfileobj(source, file)
+            path.chmod(member.mode & 0o777)
+    for path, target in links:
+        path.symlink_to(target)
 
 
 async def _finish(session: PodSession, output: BinaryIO, what: str) -> None:

@@ -227,10 +227,11 @@ class PodLife:
     async def _machine(self) -> Sandbox:
         """The machine that runs already, or a new one."""
         if self.machine is not None:
-            with contextlib.suppress(MachineFailed):
+            try:
                 return await self._adopt(self.machine)
-            await self._close()
-            raise MachineFailed("the machine ended while nobody watched")
+            except MachineFailed as error:
+                await self._close()
+                raise MachineFailed(f"not taken over: {error.message}") from error
         return await self._boot()
 
     async def _adopt(self, row: MachineRow) -> Sandbox:

@@ -192,6 +192,7 @@ def _channel_pair(directory: Path) -> tuple[socket.socket, socket.socket]:
     channel = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     handle = -1
     try:
+        path.unlink(missing_ok=True)  # an earlier machine's, whose owner was killed
         handle = os.open(directory, os.O_PATH | os.O_DIRECTORY)
         # By way of the directory's descriptor: a socket's path has 107 bytes at most.
         listener.bind(f"/proc/self/fd/{handle}/{path.name}")
