@@ -92,6 +92,34 @@ async def _describe(catalog: Catalog, root: RootRecord) -> dict[str, Any]:
     }
 
 
+async def _shares(catalog: Catalog, root: RootRecord) -> list[dict[str, Any]]:
+    """The realm's other images that have chunks of this one, most stored bytes first."""
+    manifest = await catalog.block_manifest(root)
+    lengths = (await catalog.location_table(root)).stored_lengths
+    mine = {digest: lengths[n] for n, (digest, _) in enumerate(manifest.chunks)}
+    names: dict[str, list[str]] = {}
+    for alias in await catalog.aliases():
+        names.setdefault(alias.image, []).append(alias.name)
+    found = []
+    async for other in catalog.roots():
+        if other.block_image == root.block_image:
+            continue
+        chunks = (await catalog.block_manifest(other)).chunks
+        shared = [mine[digest] for digest, _ in chunks if digest in mine]
+        if shared:
+            found.append(
+                {
+                    "image": other.image,
+                    "fs": other.face,
+                    "names": sorted(names.get(other.image, [])),
+                    "layers": len(set(root.layers).intersection(other.layers)),
+                    "chunks": len(shared),
+                    "packed_bytes": sum(shared),
+                }
+            )
+    return sorted(found, key=lambda row: (-row["packed_bytes"], row["image"], row["fs"]))
+
+
 def describe_path(view: ImageView, table: LocationTable, path: bytes) -> dict[str, Any]:
     """Where a file's content lies, and what reading it whole would fetch from a cold store."""
     real, node = view.resolve(path)
@@ -111,21 +139,24 @@ def describe_path(view: ImageView, table: LocationTable, path: bytes) -> dict[st
 
 @click.command(
     epilog="\b\nExamples:\n  cubecache inspect docker.io/library/nginx\n"
-    "  cubecache inspect docker.io/library/nginx /usr/sbin/nginx"
+    "  cubecache inspect docker.io/library/nginx /usr/sbin/nginx\n"
+    "  cubecache inspect --shares docker.io/library/nginx"
 )
 @click.argument("image")
 @click.argument("path", required=False)
+@click.option("--shares", is_flag=True, help="Also what it shares with each other image.")
 @face_option
 @json_option
 @click.pass_obj
-def inspect(session: Session, *, image: str, path: str | None, face: str) -> None:
+def inspect(session: Session, *, image: str, path: str | None, shares: bool, face: str) -> None:
     """Show an image's layers, regions and chunks, or what reading PATH would fetch."""
 
     async def gather() -> dict[str, Any]:
         async with opened_catalog(session.settings) as (_, catalog):
             root = await find_root(catalog, image, FaceChoice.parse(face))
             if path is None:
-                return await _describe(catalog, root)
+                answer = await _describe(catalog, root)
+                return answer | ({"shares": await _shares(catalog, root)} if shares else {})
             view = await load_view(catalog, root)
             table = await catalog.location_table(root)
             return describe_path(view, table, os.fsencode(path))
@@ -150,6 +181,18 @@ def inspect(session: Session, *, image: str, path: str | None, face: str) -> Non
             for layer in answer["layers"]
         ]
         text += "\n\n" + table_text(rows)
+        if shares:
+            others = [("SHARED WITH", "LAYERS", "CHUNKS", "STORED")]
+            others += [
+                (
+                    ", ".join(other["names"]) or other["image"],
+                    str(other["layers"]),
+                    str(other["chunks"]),
+                    size_text(other["packed_bytes"]),
+                )
+                for other in answer["shares"]
+            ]
+            text += "\n\n" + table_text(others)
     else:
         text += f"\nchunks          {len(answer['chunks'])}"
     session.terminal.answer(answer, text)

@@ -72,6 +72,9 @@ def test_a_new_version_stores_its_changed_layer_alone(cubecache: Cubecache, busy
     assert second["new_chunks"] < first["new_chunks"] / 4
     assert second["stored_bytes"] < first["stored_bytes"] / 4
     cubecache.run("verify", busybox)
+    (other,) = cubecache.run("inspect", "--shares", busybox, "--json").json()["shares"]
+    assert other["image"] == second["image"] and other["layers"] == 3
+    assert "SHARED WITH" in cubecache.run("inspect", "--shares", busybox).out
 
 
 def test_several_images_print_one_object_per_line(cubecache: Cubecache, busybox: str) -> None:
