@@ -126,6 +126,7 @@ static void watch_for_sync(struct channel *channel, size_t fresh)
         if (channel->sync_matched < SYNC_KEY_LENGTH)
             continue;
         channel->sync_matched = 0;
+        channel->adrift = false;
         channel->nonce_wanted = true;
         channel->in_length -= i + 1;
         memmove(channel->in, channel->in + i + 1, channel->in_length);
@@ -142,12 +143,20 @@ bool channel_read(struct channel *channel, struct frame *frame, bool *more)
             need = SYNC_NONCE;
             if (channel->in_length >= need)
                 break;
+        } else if (channel->adrift) {
+            channel->in_length = 0;
+            need = sizeof channel->in;
         } else if (channel->in_length >= FRAME_HEADER) {
             uint32_t length = load32(channel->in);
             if (length > PAYLOAD_LIMIT) {
-                /* Out of step with the host: nothing after this can be trusted. */
-                channel->host_gone = true;
-                return false;
+                /* Out of step with the host: nothing is believed before a new host's key, whose
+                 * first bytes these may be.
+                 */
+                channel->adrift = true;
+                channel->host_gone = channel->sync_key == NULL;
+                if (channel->host_gone)
+                    return false;
+                continue;
             }
             need = FRAME_HEADER + length;
             if (channel->in_length >= need)

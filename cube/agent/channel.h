@@ -74,6 +74,7 @@ struct channel {
     uint64_t progress_at; /* when the port last took something, or had nothing to take */
     const uint8_t *sync_key; /* 16 bytes that announce a new host, or NULL */
     size_t sync_matched;     /* so many of them have just been read */
+    bool adrift;             /* out of step: nothing counts before the key */
     bool nonce_wanted;       /* what is read now is the new host's nonce */
     size_t in_length;
     uint8_t in[FRAME_HEADER + PAYLOAD_LIMIT];
