@@ -122,6 +122,14 @@ def large_layer(tar: tarfile.TarFile, layer: int) -> None:
     tar.addfile(member, _reader(_Noise(layer, PIECE)))
 
 
+def text_layer(tar: tarfile.TarFile, layer: int, size: int) -> None:
+    """`size` bytes of text in files of 64 MiB: as many chunks as noise makes, at little disk."""
+    for number in range(-(-size // (64 << 20))):
+        member = tarfile.TarInfo(f"texts/{layer}/{number:04}.txt")
+        member.size = min(64 << 20, size - number * (64 << 20))
+        tar.addfile(member, _reader(_Text(layer << 24 | number, member.size)))
+
+
 def _reader(source: _Noise) -> IO[bytes]:
     return source  # type: ignore[return-value] # tarfile calls read alone
 

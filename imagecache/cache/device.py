@@ -88,7 +88,7 @@ class BlockImageDevice(ReadOnlyDevice):
         self._image = image
         self._arena = arena
         self._fetcher = fetcher
-        self._ahead = ReadAhead(image, fetcher) if read_ahead else None
+        self.ahead = ReadAhead(image, fetcher) if read_ahead else None
         self._closed = False
         # Columns and views that every hit reads, without a second attribute look-up.
         self._table = arena.table
@@ -149,8 +149,8 @@ class BlockImageDevice(ReadOnlyDevice):
             return slot
         slot = self._table.checked(self._image.digest(ordinal))
         if slot >= 0:
-            if self._ahead is not None:
-                self._ahead.touched(index, index)
+            if self.ahead is not None:
+                self.ahead.touched(index, index)
             self._slots[ordinal] = slot
             self._known[ordinal] = self._serials[slot]
         return slot
@@ -195,8 +195,8 @@ class BlockImageDevice(ReadOnlyDevice):
         parts = _Parts(begin + self._fetcher.settings.stall_seconds)
         extents = [index for _, _, index in self._image.pieces(offset, end) if index != HOLE]
         ordinals = list(dict.fromkeys(self._ordinals[index] for index in extents))
-        if self._ahead is not None and extents:
-            self._ahead.touched(extents[0], extents[-1])
+        if self.ahead is not None and extents:
+            self.ahead.touched(extents[0], extents[-1])
         failure: CubecacheError | None = None
         try:
             while True:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from imagecache.blockimage.locations import Location, LocationTable
 from imagecache.blockimage.manifest import BlockManifest
 from imagecache.blockimage.seals import NO_SEALS, Seals
+from imagecache.cache.aheadplan import FileRuns
 from imagecache.cache.sharedfill import SharedFill
 from imagecache.cache.slots import NO_SERIAL
 from imagecache.chunks import BLOCK, DIGEST_BYTES
@@ -56,6 +57,7 @@ class ImageMap:
         self.slots = array("I", bytes(4 * len(chunks)))
         self.known = array("I", [NO_SERIAL]) * len(chunks)
         self.shared_fill = SharedFill()
+        self.files: FileRuns | None = None  # once somebody wanted to know
         self._digests = chunks.digests
         self._sizes = chunks.sizes
         self._locations = locations

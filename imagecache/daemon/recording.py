@@ -22,11 +22,13 @@ from imagecache.cache.stream import BootStream, StreamOutcome
 from imagecache.catalog import Catalog
 from imagecache.composition import alias_name
 from imagecache.daemon.exporttable import ExportRecord
+from imagecache.daemon.loading import SharedLoads
 from imagecache.errors import Busy, CubecacheError, Unavailable
 from imagecache.explain.report import Ahead, StartFacts, build_report
 from imagecache.logcontext import about
 from imagecache.oci.reference import parse_reference
 from imagecache.profile.calm import CalmRule
+from imagecache.profile.fileruns import file_runs
 from imagecache.profile.mapping import ordinals_of, profile_of
 from imagecache.profile.merge import merge_profiles
 from imagecache.profile.predict.predictor import Program
@@ -35,7 +37,6 @@ from imagecache.profile.prepare import (
     LoadedImage,
     StartBuilder,
     carried,
-    load_image,
 )
 from imagecache.profile.recorder import StartLog
 from imagecache.profile.starts import KnownStart, Starts
@@ -83,6 +84,7 @@ class StartKeeper:
         self.opened = opened
         self._objects = objects
         self.starts = Starts(catalog, self.sealed)
+        self.loads = SharedLoads(catalog, self.sealed)
         self.builder = StartBuilder(
             catalog, self.starts, opened.reader, scratch=scratch, local=arena.copy
         )
@@ -154,6 +156,16 @@ class ExportStart:
         """The device whose reads are this start's."""
         self.device = device
         device.recorder = self.log
+        if device.ahead is not None:
+            device.ahead.want_files = lambda: self._spawn(self._learn_files())
+
+    async def _learn_files(self) -> None:
+        """Tells read-ahead where files begin and end."""
+        try:
+            loaded = await self._loaded()
+            self._image.files = await asyncio.to_thread(file_runs, loaded.view)
+        except CubecacheError as error:
+            log.info("export %s is read ahead without files: %s", self._record.name, error)
 
     def start(self) -> None:
         """Begins to bring what the start will read, then to fill, and watches for its end."""
@@ -245,6 +257,11 @@ class ExportStart:
         await self._ask([n for n in ordinals if self._image.digest(n) not in packed])
 
     async def _bring_predicted(self) -> None:
+        found = await self._keeper.loads.prediction(self._record, self._predicted_here)
+        self._brought.source = "prediction"
+        await self._ask(found)
+
+    async def _predicted_here(self) -> tuple[int, ...]:
         loaded = await self._loaded()
         builder = self._keeper.builder
         loop = asyncio.get_running_loop()
@@ -257,8 +274,7 @@ class ExportStart:
         profile = await asyncio.to_thread(
             lambda: asyncio.run(builder.predict(loaded, self._program, read))
         )
-        self._brought.source = "prediction"
-        await self._ask(
+        return tuple(
             await asyncio.to_thread(ordinals_of, loaded.view, profile, loaded.stored_lengths)
         )
 
@@ -267,7 +283,7 @@ class ExportStart:
         await self._keeper.fetcher.prefetch(self._image, ordinals)
 
     async def _loaded(self) -> LoadedImage:
-        return await load_image(self._keeper.catalog, self._record, self._keeper.sealed)
+        return await self._keeper.loads.image(self._record)
 
     async def _read_disk(self, offset: int, length: int) -> bytes:
         """Verified bytes of the disk through the arena: what is read here is here afterwards."""

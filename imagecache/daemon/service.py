@@ -42,6 +42,7 @@ from imagecache.facechoice import FaceChoice
 from imagecache.leases.pins import pin
 from imagecache.oci.config import parse_config
 from imagecache.oci.reference import parse_reference
+from imagecache.oci.throttle import Throttle
 from imagecache.profile.prepare import prepare_quietly
 from imagecache.settings import FILLS, Settings
 from imagecache.store.opened import OpenedStore
@@ -109,7 +110,9 @@ class Service:
             self.builds.counted(self._build),
             JobTable(settings.state_dir / "jobs.db"),
             quota=lambda: self.settings.preload.queued_per_owner,
+            concurrency=lambda: self.settings.preload.concurrency,
         )
+        self.throttle = Throttle(lambda: self.settings.preload.bytes_per_second)
         self.nbd = Server(limits=Limits())
         self.ready = False
         self.started = time.time()
@@ -204,7 +207,15 @@ class Service:
     async def _build(self, job: Job, report: Report) -> BuildResult:
         request = job.request
         async with self.firsts.building(request, job.may_be_exported) as serving:
-            built = await build_image(self.settings, self.catalog, request, report, serving=serving)
+            built = await build_image(
+                self.settings,
+                self.catalog,
+                request,
+                report,
+                serving=serving,
+                throttle=Throttle(lambda: job.bytes_per_second, above=self.throttle),
+                slot=job.slot,
+            )
             await self.firsts.stored(await self._root(request))
         if job.pin_seconds:
             name = request.reference
@@ -388,6 +399,7 @@ class Service:
             with contextlib.suppress(CubecacheError):
                 await self.attachments.detach(export)
         await self.holding.close(keep=self.passed_on)
+        await self.starts.loads.close()
         await self.fetcher.close()
         await self.arena.close()
         await self.objects.close()

@@ -48,7 +48,7 @@ class ImageNames(Protocol):
     def generation(self) -> int: ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class LoadedImage:
     """One image as start-ups need it: its files, its chunks and where they are."""
 
