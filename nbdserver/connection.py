@@ -24,6 +24,14 @@ from nbdserver.streams import Stream
 
 _log = logging.getLogger(__name__)
 
+# Of one connection in one turn of the loop: requests, and a batch sent counts as many. Less when
+# another one was served just before.
+_BUDGET_ALONE = 256
+_BUDGET_AMONG_OTHERS = 64
+_BATCH_COSTS = 64
+_BATCH_BYTES = 8192  # for each request of the budget
+_SMALL_RECEIVE = 16 << 10  # some 500 requests without payloads: more than a turn takes
+
 
 class Connection:
     """The transmission phase of one client. `start` it on its loop; `on_end` is called once.
@@ -92,6 +100,8 @@ class Connection:
             skip=skip,
         )
         self._reading = False
+        self._budget = _BUDGET_AMONG_OTHERS
+        self._waits_its_turn = False
         self._patience = Patience(limits.linger_seconds)
         self._finishing = False
         self._closed = False
@@ -199,9 +209,10 @@ class Connection:
 
     def _resume(self) -> None:
         """Serve what is held back, then read on, unless something forbids it."""
-        if self._reading or not self._can_read():
+        if self._reading or self._waits_its_turn or not self._can_read():
             return
         tail, self._tail = self._tail, b""
+        self._budget = _BUDGET_AMONG_OTHERS
         while tail:
             # A tail from a handshake or a hand-over may be larger than the scratch buffer.
             if self._intake.room() is not None:
@@ -210,18 +221,31 @@ class Connection:
                 piece, tail = tail[: len(self._scratch)], tail[len(self._scratch) :]
                 self._scratch[: len(piece)] = piece
                 self._process(len(piece))
-            stuck = not tail or not self._can_read()
+            stuck = not tail or not self._can_read() or self._budget <= 0
             if self._tail:
                 tail, self._tail = self._tail + tail, b""
             if stuck:
                 self._tail = tail
                 break
-        if self._can_read():
+        if self._budget <= 0:
+            self._let_others()
+        elif self._can_read():
             self._reading = True
             self._loop.add_reader(self.stream.read_fd, self._readable)
             if self.stream.copies:
                 # Decrypted bytes may wait inside the stream, where no selector sees them.
                 self._loop.call_soon(self._readable)
+
+    def _let_others(self) -> None:
+        """Go on with what is received in the loop's next turn."""
+        self._stop_reading()
+        if not self._waits_its_turn:
+            self._waits_its_turn = True
+            self._loop.call_soon(self._have_turn)
+
+    def _have_turn(self) -> None:
+        self._waits_its_turn = False
+        self._room_again()
 
     def _can_read(self) -> bool:
         return not (
@@ -241,8 +265,9 @@ class Connection:
         turn = self._turn
         alone = turn.last is self
         turn.last = self
+        self._budget = _BUDGET_ALONE if alone else _BUDGET_AMONG_OTHERS
         # Again: what arrives while a batch is answered is taken without a turn of the loop.
-        for _ in range(4):
+        for _ in range(4 if alone else 1):
             if not self._can_read():
                 self._stop_reading()
                 return
@@ -267,6 +292,9 @@ class Connection:
             else:
                 held, self._tail = len(self._tail), b""
                 self._process(held + count)
+                if self._budget <= 0:
+                    self._let_others()
+                    return
         if self.stream.copies and self._reading:
             self._loop.call_soon(self._readable)
 
@@ -277,16 +305,17 @@ class Connection:
         held = len(self._tail)
         if held:
             self._scratch[:held] = self._tail
-            return self.stream.recv_into(self._scratch[held:])
-        return self.stream.recv_into(self._scratch)
+        end = len(self._scratch) if self._intake.busy else max(_SMALL_RECEIVE, 2 * held)
+        return self.stream.recv_into(self._scratch[held:end])
 
     def _process(self, end: int) -> None:
         """Answer the `end` bytes in the scratch buffer as far as they go; keep the tail."""
         view, layout, sender, intake = self._scratch, self._layout, self._sender, self._intake
         head = layout.header_size
-        room = self._limits.batch_bytes
+        room = min(self._limits.batch_bytes, self._budget * _BATCH_BYTES)
         position = 0
-        while True:
+        intake.busy = intake.unfinished
+        while self._budget > 0:
             if intake.unfinished:
                 position = intake.go_on(view, position, end)
                 if intake.unfinished:
@@ -301,12 +330,14 @@ class Connection:
                 break
             if len(sender.iov) > 512 or sender.size >= room:
                 sender.flush()
+                self._budget -= _BATCH_COSTS
                 if not self._can_read():
                     break
                 continue
             if not self._can_read():
                 break
             position = self._take(view, position, end)
+            self._budget -= 1
             if position < 0:
                 return
         if position < end:

@@ -23,7 +23,9 @@ _POURED_UNITS = 4
 
 
 class Intake:
-    """`skip` is how many bytes of a refused payload are still to come and to be dropped."""
+    """`skip` is how many bytes of a refused payload are still to come and to be dropped; `busy`
+    tells that payloads come, so that much is worth receiving at once.
+    """
 
     def __init__(
         self,
@@ -39,6 +41,7 @@ class Intake:
         skip: int,
     ) -> None:
         self.skip = skip
+        self.busy = False
         self._session = session
         self._device = device
         self._try_write = device.try_write
@@ -99,6 +102,7 @@ class Intake:
             position = body + length
             acks.append(encode_done(mode, cookie, offset))
         if acks:
+            self.busy = True
             self._counters.writes += len(acks)
             self._sender.gather(acks)
         return position
@@ -109,6 +113,7 @@ class Intake:
         `error` is what the request is answered, its payload being dropped; or 0.
         """
         available = min(request.payload, end - position)
+        self.busy = True
         if error:
             self._inflight.fail(request, error)
             self.skip = request.payload - available

@@ -176,7 +176,8 @@ class Sender:
     def _writable(self) -> None:
         try:
             self._stream.flush()
-            while self._backlog.replies and not self._stream.unsent:
+            if self._backlog.replies and not self._stream.unsent:
+                # Once: a client that reads quickly does not keep the others waiting.
                 sent = self._stream.sendmsg(self._backlog.parts(self._limits.batch_bytes))
                 self._backlog.advance(sent)
                 self._counters.bytes_sent += sent
@@ -189,7 +190,7 @@ class Sender:
             else:
                 self._on_broken()
             return
-        if not self._stream.unsent:
+        if not self.behind:
             self._stop_writing()
             self._on_room()
 
