@@ -9,18 +9,13 @@ directories. Sections: head (superblock to the first table block), inodes per la
 
 from __future__ import annotations
 
-import hashlib
 from array import array
 
 from imagecache.errors import LimitExceeded
+from imagecache.faces.ext4_blocks import LayerXattrs, TableBlocks
 from imagecache.faces.ext4_directories import EMPTY_BLOCK, DirectoryShape
-from imagecache.faces.ext4_geometry import (
-    DESCRIPTOR,
-    GROUP_BLOCKS,
-    Geometry,
-    find_geometry,
-    pack_superblock,
-)
+from imagecache.faces.ext4_geometry import GROUP_BLOCKS, Geometry, find_geometry
+from imagecache.faces.ext4_groups import pack_head, set_bits
 from imagecache.faces.ext4_inodes import (
     BLOCK,
     EXTENTS_FLAG,
@@ -35,10 +30,9 @@ from imagecache.faces.ext4_inodes import (
     is_slow_symlink,
     pack_inode,
 )
-from imagecache.faces.ext4_xattrs import MAX_SHARED, PackedXattrs, pack_xattrs, with_references
 from imagecache.faces.plan import MetadataRegion
 from imagecache.flatten import kinds
-from imagecache.flatten.filetable import FileTable, region_layout
+from imagecache.flatten.filetable import region_layout
 from imagecache.flatten.kinds import shown
 from imagecache.flatten.tree import Directory, Tree
 
@@ -57,82 +51,13 @@ DIRENT_TYPES = {
     kinds.SOCKET: 6,
     kinds.SYMLINK: 7,
 }
-NO_XATTRS = PackedXattrs(b"", b"")
-
-
-class _Blocks:
-    """The blocks behind the inode tables, handed out in order."""
-
-    def __init__(self, start: int) -> None:
-        self._start = start
-        self._parts: list[bytes] = []
-
-    def add(self, block: bytes) -> int:
-        self._parts.append(block.ljust(BLOCK, b"\0"))
-        return self._start + len(self._parts) - 1
-
-    def add_all(self, blocks: list[bytes]) -> int:
-        first = self._start + len(self._parts)
-        self._parts.extend(blocks)
-        return first
-
-    def __len__(self) -> int:
-        return len(self._parts)
-
-    def join(self) -> bytes:
-        return b"".join(self._parts)
-
-
-class _Xattrs:
-    """Packed attribute sets of one layer; blocks are shared by up to 1024 inodes.
-
-    Reference counts are known from a first pass over the users (`expect`).
-    """
-
-    def __init__(self, table: FileTable) -> None:
-        self._table = table
-        self._packed: dict[int, PackedXattrs] = {}
-        self._users: dict[int, int] = {}
-        self._given: dict[int, int] = {}
-        self._address: dict[int, int] = {}
-
-    def packed(self, inode: int) -> PackedXattrs:
-        number = self._table.xattr_set[inode]
-        if not number:
-            return NO_XATTRS
-        packed = self._packed.get(number)
-        if packed is None:
-            packed = pack_xattrs(self._table.xattr_sets[number - 1], self._table.first_path(inode))
-            self._packed[number] = packed
-        return packed
-
-    def expect(self, inode: int) -> int:
-        """Count one user in the first pass; the blocks (0 or 1) that this one adds."""
-        if not self.packed(inode).block:
-            return 0
-        number = self._table.xattr_set[inode]
-        self._users[number] = self._users.get(number, 0) + 1
-        return int(self._users[number] % MAX_SHARED == 1)
-
-    def place(self, inode: int, blocks: _Blocks) -> tuple[bytes, int]:
-        """(in-inode part, block address or 0) for one user, in the order of the first pass."""
-        packed = self.packed(inode)
-        if not packed.block:
-            return packed.in_inode, 0
-        number = self._table.xattr_set[inode]
-        given = self._given.get(number, 0)
-        if given % MAX_SHARED == 0:
-            sharing = min(MAX_SHARED, self._users[number] - given)
-            self._address[number] = blocks.add(with_references(packed.block, sharing))
-        self._given[number] = given + 1
-        return packed.in_inode, self._address[number]
 
 
 class _Writer:
     def __init__(self, tree: Tree, free_blocks: int) -> None:
         self._tree = tree
         self._free_blocks = free_blocks
-        self._xattrs = [_Xattrs(table) for table in tree.tables]
+        self._xattrs = [LayerXattrs(table) for table in tree.tables]
         self._layouts = [region_layout(table) for table in tree.tables]
         self._numbers = array("I", bytes(4 * len(tree.links)))  # ext4 inode of each global inode
         self._layer_first: list[int] = []
@@ -182,7 +107,7 @@ class _Writer:
             [layout.total_blocks for layout in self._layouts],
             self._free_blocks,
         )
-        blocks = _Blocks(geometry.others)
+        blocks = TableBlocks(geometry.others)
         layers = [
             self._layer_inodes(layer, start, blocks)
             for layer, start in enumerate(geometry.plan.layer_start_blocks)
@@ -195,7 +120,15 @@ class _Writer:
         rest += blocks.join()
         metadata = geometry.others + others
         used_blocks, used_inodes = self._used(geometry, metadata)
-        head = self._head(geometry, used_blocks, used_inodes, first, [*layers, rest])
+        directories = [*self._directory_numbers, *([LOST_FOUND_INODE] * self._own_lost_found)]
+        head = pack_head(
+            geometry,
+            used_blocks,
+            used_inodes,
+            directory_numbers=directories,
+            first_table=first,
+            rest=[*layers, rest],
+        )
         return MetadataRegion((head, *layers, rest), metadata, geometry.plan)
 
     # Pass one ---------------------------------------------------------------------------------
@@ -226,7 +159,7 @@ class _Writer:
 
     # Pass two ---------------------------------------------------------------------------------
 
-    def _layer_inodes(self, layer: int, region_start: int, blocks: _Blocks) -> bytes:
+    def _layer_inodes(self, layer: int, region_start: int, blocks: TableBlocks) -> bytes:
         tree = self._tree
         table = tree.tables[layer]
         base = tree.bases[layer]
@@ -293,7 +226,7 @@ class _Writer:
         section = b"".join(records)
         return section + bytes(-len(section) % BLOCK)
 
-    def _directory_inodes(self, blocks: _Blocks) -> tuple[bytes, bytes]:
+    def _directory_inodes(self, blocks: TableBlocks) -> tuple[bytes, bytes]:
         """(the first table block with root and lost+found, blocks of the other directories)."""
         tree = self._tree
         numbers = self._directory_numbers
@@ -357,7 +290,7 @@ class _Writer:
         rest = b"".join(records)
         return bytes(first), rest + bytes(-len(rest) % BLOCK)
 
-    def _put_lost_found(self, first: bytearray, blocks: _Blocks) -> None:
+    def _put_lost_found(self, first: bytearray, blocks: TableBlocks) -> None:
         shape = DirectoryShape([], LOST_FOUND)
         entries = shape.write(LOST_FOUND_INODE, ROOT_INODE, lambda _: (0, 0))
         start = blocks.add_all(entries + [EMPTY_BLOCK] * (LOST_FOUND_BLOCKS - 1))
@@ -378,15 +311,15 @@ class _Writer:
         at = (LOST_FOUND_INODE - 1) * INODE_SIZE
         first[at : at + INODE_SIZE] = record
 
-    # Bitmaps and descriptors ------------------------------------------------------------------
+    # Bitmaps ----------------------------------------------------------------------------------
 
     def _used(self, geometry: Geometry, metadata: int) -> tuple[bytearray, bytearray]:
         """Bitmaps of all blocks and inodes in use, padded with ones to whole groups."""
         tree = self._tree
         disk = geometry.plan.disk_blocks
         blocks = bytearray(geometry.groups * GROUP_BLOCKS // 8)
-        _set_bits(blocks, 0, metadata)
-        _set_bits(blocks, disk, geometry.groups * GROUP_BLOCKS - disk)
+        set_bits(blocks, 0, metadata)
+        set_bits(blocks, disk, geometry.groups * GROUP_BLOCKS - disk)
         for layer, start in enumerate(geometry.plan.layer_start_blocks):
             layout = self._layouts[layer]
             base = tree.bases[layer]
@@ -397,10 +330,10 @@ class _Writer:
                 if not tree.links[base + inode]:
                     continue
                 if at != run_end:
-                    _set_bits(blocks, start + run_start, run_end - run_start)
+                    set_bits(blocks, start + run_start, run_end - run_start)
                     run_start = at
                 run_end = at + count
-            _set_bits(blocks, start + run_start, run_end - run_start)
+            set_bits(blocks, start + run_start, run_end - run_start)
         inodes = bytearray(geometry.groups * BLOCK)
         per_group = geometry.inodes_per_group
 
@@ -410,7 +343,7 @@ class _Writer:
             while count > 0:
                 group, bit = divmod(index, per_group)
                 part = min(count, per_group - bit)
-                _set_bits(inodes, group * GROUP_BLOCKS + bit, part)
+                set_bits(inodes, group * GROUP_BLOCKS + bit, part)
                 index += part
                 count -= part
 
@@ -420,73 +353,8 @@ class _Writer:
                 use(number, 1)
         use(self._first_directory, len(self._directories) - 1)
         for group in range(geometry.groups):
-            _set_bits(inodes, group * GROUP_BLOCKS + per_group, GROUP_BLOCKS - per_group)
+            set_bits(inodes, group * GROUP_BLOCKS + per_group, GROUP_BLOCKS - per_group)
         return blocks, inodes
-
-    def _head(
-        self,
-        geometry: Geometry,
-        blocks: bytearray,
-        inodes: bytearray,
-        first_table: bytes,
-        rest: list[bytes],
-    ) -> bytes:
-        directories = array("I", bytes(4 * geometry.groups))
-        per_group = geometry.inodes_per_group
-        own = [LOST_FOUND_INODE] if self._own_lost_found else []
-        for number in (*self._directory_numbers, *own):
-            directories[(number - 1) // per_group] += 1
-        descriptors: list[bytes] = []
-        all_free_blocks = all_free_inodes = 0
-        for group in range(geometry.groups):
-            part = slice(group * BLOCK, (group + 1) * BLOCK)
-            free_blocks = GROUP_BLOCKS - int.from_bytes(blocks[part], "little").bit_count()
-            free_inodes = GROUP_BLOCKS - int.from_bytes(inodes[part], "little").bit_count()
-            all_free_blocks += free_blocks
-            all_free_inodes += free_inodes
-            descriptors.append(
-                DESCRIPTOR.pack(
-                    geometry.block_bitmaps + group,
-                    geometry.inode_bitmaps + group,
-                    geometry.inode_table + group * per_group // INODES_PER_BLOCK,
-                    free_blocks,
-                    free_inodes,
-                    directories[group],
-                    0,
-                    0,
-                    0,
-                    0,
-                    0,
-                    0,
-                )
-            )
-        table = b"".join(descriptors).ljust(geometry.descriptor_blocks * BLOCK, b"\0")
-        after = table + bytes(blocks) + bytes(inodes) + first_table
-        digest = hashlib.sha256(b"cubecache ext4 1\0" + after)
-        for section in rest:
-            digest.update(section)
-        uuid = bytearray(digest.digest()[:16])
-        uuid[6] = uuid[6] & 0x0F | 0x80  # RFC 9562 version 8, variant 10
-        uuid[8] = uuid[8] & 0x3F | 0x80
-        superblock = pack_superblock(
-            geometry, free_blocks=all_free_blocks, free_inodes=all_free_inodes, uuid=bytes(uuid)
-        )
-        return (bytes(1024) + superblock).ljust(BLOCK, b"\0") + after
-
-
-def _set_bits(bitmap: bytearray, start: int, count: int) -> None:
-    """Set `count` bits from bit `start`, little end first."""
-    if count <= 0:
-        return
-    end = start + count
-    first, last = start // 8, end // 8
-    if first == last:
-        bitmap[first] |= (1 << end % 8) - (1 << start % 8)
-        return
-    bitmap[first] |= 0xFF & ~((1 << start % 8) - 1)
-    bitmap[first + 1 : last] = b"\xff" * (last - first - 1)
-    if end % 8:
-        bitmap[last] |= (1 << end % 8) - 1
 
 
 def write_ext4(tree: Tree, *, free_blocks: int = 0) -> MetadataRegion:
