@@ -25,6 +25,7 @@ from imagecache.oci.platform import host_platform, parse_platform
 from imagecache.oci.reference import Reference, RegistryReference, parse_reference
 from imagecache.oci.settings import RegistrySettings
 from imagecache.oci.source import open_source
+from imagecache.oci.throttle import Throttle
 from imagecache.realmsecrets import load_secrets
 from imagecache.settings import Settings
 from imagecache.store.open import OpenedStore, open_store
@@ -68,8 +69,10 @@ def alias_name(reference: Reference) -> AliasName:
     return AliasName(f"{scheme}:{reference.path}", reference.tag or "", text)
 
 
-async def open_realm(settings: Settings) -> OpenedStore:
+async def open_realm(settings: Settings, *, ask_anew: bool = False) -> OpenedStore:
     """The configured store, sealed where secrets are configured; the caller closes it.
+
+    What this host found out about the store in the last day is taken for true unless `ask_anew`.
 
     HTTP proxies are those of the environment (http_proxy, https_proxy, no_proxy).
     """
@@ -83,6 +86,7 @@ async def open_realm(settings: Settings) -> OpenedStore:
             tier_url=settings.store.tier_url,
             ca_file=Path(settings.store.ca_file) if settings.store.ca_file else None,
             proxies=store_proxies(settings.store_url),
+            remember_in=None if ask_anew else settings.state_dir / "stores",
         ),
     )
     if secrets is None:
@@ -102,17 +106,19 @@ def store_proxies(store_url: str) -> dict[str, str]:
 
 
 @asynccontextmanager
-async def opened_catalog(settings: Settings) -> AsyncIterator[tuple[OpenedStore, Catalog]]:
-    """The configured store and the catalog of the configured realm."""
-    opened = await open_realm(settings)
+async def opened_catalog(
+    settings: Settings, *, ask_anew: bool = False
+) -> AsyncIterator[tuple[OpenedStore, Catalog]]:
+    """The configured store and the catalog of the configured realm; `ask_anew` as `open_realm`."""
+    opened = await open_realm(settings, ask_anew=ask_anew)
     try:
         yield opened, Catalog(opened.store, settings.realm, opened.seals)
     finally:
         await opened.close()
 
 
-def registry_settings(settings: Settings) -> RegistrySettings:
-    """How registries are reached."""
+def registry_settings(settings: Settings, throttle: Throttle | None = None) -> RegistrySettings:
+    """How registries are reached; `throttle` bounds what is downloaded."""
     section = settings.registry
     return RegistrySettings(
         docker_config=(
@@ -122,6 +128,7 @@ def registry_settings(settings: Settings) -> RegistrySettings:
         insecure_tls_hosts=frozenset(section.insecure_tls),
         ca_file=Path(section.ca_file) if section.ca_file else None,
         allowed_private=frozenset(section.allowed_private),
+        throttle=throttle,
     )
 
 
@@ -151,8 +158,10 @@ async def build_image(
     alias: AliasName | None = None,
     distrusted: frozenset[str] | None = None,
     serving: SpoolServing | None = None,
+    throttle: Throttle | None = None,
+    slot: int = 0,
 ) -> BuildResult:
-    """Builds one image under the state directory's builder lock; Busy where another build runs.
+    """Builds one image under a slot's builder lock; Busy where another build runs in that slot.
 
     `alias` is the name it gets, if not the request's; `distrusted` and `serving` are as of
     `Builder.build`.
@@ -161,9 +170,10 @@ async def build_image(
     choice = FaceChoice.parse(request.face)
     platform = parse_platform(request.platform) if request.platform else host_platform()
     await asyncio.to_thread(prepare_state_dir, settings)
+    suffix = f"-{slot}" if slot else ""
     builder = Builder(
         catalog,
-        Spool(settings.state_dir / "spool"),
+        Spool(settings.state_dir / f"spool{suffix}"),
         BuildSettings(
             level=settings.build.level,
             threads=settings.build.threads,
@@ -171,10 +181,10 @@ async def build_image(
             worker_memory_bytes=settings.build.worker_memory_bytes,
         ),
     )
-    source = open_source(reference, registry_settings(settings))
+    source = open_source(reference, registry_settings(settings, throttle))
     related = dict.fromkeys((*request.related, *settings.build.related))
     try:
-        with builder_lock(settings.state_dir / "builder.lock"):
+        with builder_lock(settings.state_dir / f"builder{suffix}.lock"):
             return await builder.build(
                 source,
                 platform,

@@ -91,6 +91,10 @@ class BuildSection:
 class PreloadSection:
     """[preload]: the daemon's jobs."""
 
+    concurrency: int = _setting(1, "Builds that run at once, 1 to 8.", reload=True)
+    bytes_per_second: int = _setting(
+        0, "Bound of all downloads from registries together; 0: none.", reload=True
+    )
     queued_per_owner: int = _setting(
         500, "Jobs that one owner may have waiting; more are answered 429.", reload=True
     )

@@ -348,6 +348,8 @@ def _check(settings: Settings) -> None:
             )
     if not 1 <= settings.build.level <= 19:
         raise UsageError(f"build.level = {settings.build.level}", remedy="1 to 19")
+    if not 1 <= settings.preload.concurrency <= 8:
+        raise UsageError(f"preload.concurrency = {settings.preload.concurrency}", remedy="1 to 8")
     for name in ("nbd.tcp", "api.tcp"):
         address = settings.value(name)
         if address is not None and not re.fullmatch(r".+:\d{1,5}", address):

@@ -62,6 +62,8 @@ class Job:
     owner: str = ""
     priority: int = 0
     pin_seconds: int = 0
+    bytes_per_second: int = 0  # bound of its downloads; 0: none
+    slot: int = 0  # while it runs: which of the builds at once
     state: JobState = JobState.QUEUED
     pace: Pace = field(default_factory=lambda: Pace(time.monotonic))
     result: dict[str, Any] | None = None
@@ -106,6 +108,7 @@ class Job:
             "owner": self.owner,
             "priority": self.priority,
             "pin_seconds": self.pin_seconds,
+            "rate_limit": self.bytes_per_second,
             "submitted": self.submitted,
             "attempts": self.attempts,
             "version": self.version,
@@ -125,6 +128,7 @@ class Job:
             owner=self.owner,
             priority=self.priority,
             pin_seconds=self.pin_seconds,
+            bytes_per_second=self.bytes_per_second,
             state=self.state.value,
             attempts=self.attempts,
             submitted=self.submitted,
@@ -142,6 +146,7 @@ class Job:
             owner=row.owner,
             priority=row.priority,
             pin_seconds=row.pin_seconds,
+            bytes_per_second=row.bytes_per_second,
             state=JobState(row.state),
             attempts=row.attempts,
             submitted=row.submitted,
@@ -213,6 +218,7 @@ class JobQueue:
         owner: str = "",
         priority: int = 0,
         pin_seconds: int = 0,
+        bytes_per_second: int = 0,
     ) -> list[Job]:
         """The owner's jobs of equal requests that have not ended, or new ones; QueueFull.
 
@@ -223,7 +229,7 @@ class JobQueue:
         for request in requests:
             job = waiting.get((request, owner))
             if job is None or job.pin_seconds < pin_seconds:
-                job = Job(uuid4().hex, request, owner, priority, pin_seconds)
+                job = Job(uuid4().hex, request, owner, priority, pin_seconds, bytes_per_second)
                 job.submitted = time.time()
                 waiting[request, owner] = job
                 fresh.append(job)
@@ -335,11 +341,16 @@ class JobQueue:
                 continue
             job.state, job.stop_as = JobState.RUNNING, JobState.CANCELLED
             job.readable = False
+            job.slot = self._free_slot()
             job.attempts += 1
             job.touch()
             task = asyncio.create_task(self._one(job), name=f"preload {job.identity}")
             self._running[job.identity] = task
             task.add_done_callback(partial(self._over, job))
+
+    def _free_slot(self) -> int:
+        taken = {self._jobs[identity].slot for identity in self._running}
+        return next(number for number in range(len(taken) + 1) if number not in taken)
 
     def _over(self, job: Job, _: asyncio.Task[None]) -> None:
         del self._running[job.identity]

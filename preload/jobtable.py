@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from imagecache.statetable import with_table
+from imagecache.errors import Denied
+from imagecache.statetable import set_aside, with_table
 
 T = TypeVar("T")
 _AS_JSON = ("result", "error", "related")
@@ -33,11 +34,13 @@ class JobRow:
     result: dict[str, Any] | None
     error: dict[str, Any] | None
     related: list[str] | None = None  # images whose chunks are used again
+    bytes_per_second: int = 0
 
 
 _COLUMNS: dict[str, type] = dict.fromkeys(JobRow.__slots__, str) | {
     "priority": int,
     "pin_seconds": int,
+    "bytes_per_second": int,
     "attempts": int,
     "submitted": float,
 }
@@ -58,8 +61,8 @@ class JobTable:
             return self._with(
                 lambda table: [_row(found) for found in table.rows_where(order_by="submitted")]
             )
-        except (sqlite3.DatabaseError, TypeError, ValueError):
-            self._path.replace(self._path.with_suffix(".damaged"))
+        except (sqlite3.DatabaseError, Denied, TypeError, ValueError) as error:
+            set_aside(self._path, error)
             return []
 
     def save(self, rows: Sequence[JobRow]) -> None:
@@ -97,6 +100,7 @@ def _text(value: object) -> str | None:
 def _row(found: dict[str, Any]) -> JobRow:
     for name in _AS_JSON:
         found[name] = None if found[name] is None else json.loads(found[name])
+    found["bytes_per_second"] = found["bytes_per_second"] or 0
     if found["state"] not in _STATES:
         raise ValueError(found["state"])
     return JobRow(**found)

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from imagecache.statetable import with_table
+from imagecache.errors import Denied
+from imagecache.statetable import set_aside, with_table
 
 T = TypeVar("T")
 
@@ -40,6 +41,9 @@ _COLUMNS: dict[str, type] = dict.fromkeys(ExportRecord.__slots__, str) | {
 }
 
 
+_MAY_BE_NONE = ("socket", "fill", "owner")
+
+
 class ExportTable:
     """Blocking; called from threads one at a time."""
 
@@ -53,10 +57,10 @@ class ExportTable:
         """Every export, by name; a table that is not a database is set aside and begun anew."""
         try:
             return self._with(
-                lambda table: [ExportRecord(**row) for row in table.rows_where(order_by="name")]
+                lambda table: [_record(row) for row in table.rows_where(order_by="name")]
             )
-        except (sqlite3.DatabaseError, TypeError):
-            self._path.replace(self._path.with_suffix(".damaged"))
+        except (sqlite3.DatabaseError, Denied, TypeError, ValueError) as error:
+            set_aside(self._path, error)
             return []
 
     def save(self, record: ExportRecord) -> None:
@@ -66,3 +70,13 @@ class ExportTable:
     def drop(self, name: str) -> None:
         """Removes one export."""
         self._with(lambda table: table.delete_where("name = ?", [name]))
+
+
+def _record(row: dict[str, Any]) -> ExportRecord:
+    row["writable"] = row["writable"] or 0  # a column that older versions had not
+    record = ExportRecord(**row)
+    for name, kind in _COLUMNS.items():
+        value = getattr(record, name)
+        if not isinstance(value, kind) and (value is not None or name not in _MAY_BE_NONE):
+            raise ValueError(f"export {record.name}: {name} is {value!r}")
+    return record

@@ -23,6 +23,7 @@ from imagecache.oci.descriptor import Descriptor
 from imagecache.oci.pacing import Patience, ThroughputFloor
 from imagecache.oci.partial import PartialBlob, is_complete
 from imagecache.oci.settings import RegistryLimits
+from imagecache.oci.throttle import Throttle
 from imagecache.oci.transport import OriginProtocol, Reply, Retryable
 
 T = TypeVar("T")
@@ -50,6 +51,7 @@ class BlobDownload:
         limits: RegistryLimits,
         executor: Executor,
         what: str,
+        throttle: Throttle | None = None,
     ) -> None:
         self._ask = ask
         self._size = descriptor.size
@@ -61,6 +63,7 @@ class BlobDownload:
         self._limits = limits
         self._executor = executor
         self._what = what
+        self._throttle = throttle
         self._etag: str | None = None
         self._loop = asyncio.get_running_loop()
         self._floor = ThroughputFloor(
@@ -82,6 +85,8 @@ class BlobDownload:
             return
         limits = self._limits
         seconds = limits.blob_base_seconds + self._size / limits.blob_floor_bytes_per_second
+        if self._throttle is not None:
+            seconds += 4 * self._throttle.seconds_for(self._size)  # others may share it
         await self._in_thread(self._blob.open)
         try:
             async with asyncio.timeout(seconds):
@@ -218,6 +223,8 @@ class BlobDownload:
                     if held >= self._limits.batch_bytes:
                         writing = await self._hand_over(writing, batch)
                         batch, held = [], 0
+                    if self._throttle is not None and await self._throttle.take(len(piece)) > 0.1:
+                        self._floor.restart(self._loop.time())  # a wait of our own choice
         except TimeoutError:
             self._floor.restart(self._loop.time())
             raise Stalled(

@@ -50,6 +50,7 @@ class RegistrySource:
         self._reference = reference
         self._settings = settings
         self._limits = settings.limits
+        self._throttle = settings.throttle
         self._home = registry_origin(reference.host, settings)
         self._transport = Transport(self._home, settings, resolver=resolver)
         self._authorization = Authorization(
@@ -156,6 +157,7 @@ class RegistrySource:
             limits=self._limits,
             executor=self._executor,
             what=what,
+            throttle=self._throttle,
         ).run()
 
     async def _top(self, what: str) -> Received:

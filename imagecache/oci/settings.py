@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from imagecache.oci.throttle import Throttle
+
 KIB = 1024
 MIB = 1024 * KIB
 
@@ -60,3 +62,4 @@ class RegistrySettings:
     allowed_realms: frozenset[tuple[str, str]] = frozenset()
     foreign_urls: bool = False
     limits: RegistryLimits = field(default_factory=RegistryLimits)
+    throttle: Throttle | None = None  # of blobs that come over the network
