@@ -96,7 +96,7 @@ def _program(name: str, package: str, purpose: str) -> Finding:
 async def store_findings(settings: Settings) -> list[Finding]:
     """What the configured store allows."""
     try:
-        async with opened_catalog(settings) as (opened, _):
+        async with opened_catalog(settings, ask_anew=True) as (opened, _):
             report = await probe(opened.store, opened.reader)
     except CubecacheError as error:
         return [Finding("store", False, True, error.message, error.remedy)]

@@ -36,6 +36,12 @@ _SOURCES = (
     ("hedges_won", "Of these, first to answer; near all of them: raise the hedging share."),
 )
 
+# Metric, field of store.counters.CallCounters, help; labelled by call.
+_CALLS = (
+    ("calls", "requests", "Control calls; high: many names, leases or collections, and a bill."),
+    ("call_errors", "errors", "Control calls that failed; a rise: the store or its keys are sick."),
+)
+
 
 def read_metrics(fetched: FetchCounters, sources: ReadCounters) -> Iterator[Metric]:
     """All of them, for a scrape."""
@@ -72,6 +78,11 @@ def read_metrics(fetched: FetchCounters, sources: ReadCounters) -> Iterator[Metr
             times = counters.times
             latency.add_metric([source, kind.name.lower()], times.cumulative(), times.seconds)
     yield latency
+    for name, field, text in _CALLS:
+        family = CounterMetricFamily(f"cubecache_store_{name}", text, labels=["call"])
+        for call, counted in sources.control.items():
+            family.add_metric([call], getattr(counted, field))
+        yield family
     for name, count, text in (
         (
             "tier_fallbacks",

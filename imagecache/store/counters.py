@@ -1,4 +1,4 @@
-"""What the data plane did, per source (origin, tier) and class; plain numbers, cheap to read."""
+"""What a store was asked: control calls, and reads per source and class; cheap to read."""
 
 from __future__ import annotations
 
@@ -30,6 +30,28 @@ class ClassCounters:
     times: Buckets = field(default_factory=Buckets)
 
 
+@dataclass(slots=True)
+class CallCounters:
+    """One control call; only ever growing.
+
+    `requests` counts every attempt, `errors` those that failed (an absent object is an answer),
+    `bytes` the bodies that were read or written from memory, `times` how long each attempt took.
+    """
+
+    requests: int = 0
+    bytes: int = 0
+    errors: int = 0
+    throttled: int = 0
+    times: Buckets = field(default_factory=Buckets)
+
+
+CALLS = ("get", "put", "stat", "list", "delete")
+
+
+def _calls() -> dict[str, CallCounters]:
+    return {call: CallCounters() for call in CALLS}
+
+
 def _classes() -> tuple[ClassCounters, ...]:
     return tuple(ClassCounters() for _ in Priority)
 
@@ -42,6 +64,7 @@ class ReadCounters:
     tier: tuple[ClassCounters, ...] = field(default_factory=_classes)
     tier_fallbacks: int = 0  # reads that the tier could not answer and the origin was asked for
     condemned: int = 0  # reads whose bytes did not match their digest
+    control: dict[str, CallCounters] = field(default_factory=_calls)  # by call
 
     def snapshot(self) -> dict[str, object]:
         """A copy as JSON-ready nested dicts: source -> class name -> counter."""
@@ -52,4 +75,5 @@ class ReadCounters:
             },
             "tier_fallbacks": self.tier_fallbacks,
             "condemned": self.condemned,
+            "control": {call: asdict(counters) for call, counters in self.control.items()},
         }

@@ -1,7 +1,7 @@
 """The composition root of stores: a URL and settings become a store and a reader, wrapped.
 
 Reads pass, outermost first: tier -> retry (deadline, budget) -> limits per class -> hedges ->
-metering -> the client. Control calls pass: retry -> the store.
+metering -> the client. Control calls pass: retry -> metering -> the store.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from imagecache.store.base import Priority, RangeReader
 from imagecache.store.counters import ReadCounters
 from imagecache.store.local import LocalReader, LocalStore
 from imagecache.store.memory import MemoryReader, MemoryStore
+from imagecache.store.metered import MeteredStore
 from imagecache.store.opened import URL_FORMS, OpenedStore
 from imagecache.store.settings import StoreSettings
 from imagecache.store.stream import PiecewiseStream
@@ -51,7 +52,8 @@ def open_store(url: str, settings: StoreSettings | None = None) -> OpenedStore:
         memory = MemoryStore()
         counters = ReadCounters()
         metered = MeteredReader(MemoryReader(memory), counters.origin)
-        return OpenedStore(url, memory, metered, counters, PiecewiseStream(metered))
+        store = MeteredStore(memory, counters.control)
+        return OpenedStore(url, store, metered, counters, PiecewiseStream(metered))
     if parts.scheme == "s3" and parts.netloc:
         # boto3 takes a quarter of a second to import, which a directory store need not pay.
         from imagecache.store.open_s3 import open_s3  # noqa: PLC0415
@@ -69,4 +71,5 @@ def _open_local(url: str, path: str) -> OpenedStore:
     reader = MeteredReader(reader, counters.origin)
     # No retries: a disk that failed once answers no better at once. Limits order the classes.
     reader = LimitedReader(reader, _LOCAL_PLACES, counters.origin)
-    return OpenedStore(url, LocalStore(root), reader, counters, PiecewiseStream(reader))
+    store = MeteredStore(LocalStore(root), counters.control)
+    return OpenedStore(url, store, reader, counters, PiecewiseStream(reader))

@@ -11,8 +11,10 @@ from imagecache.errors import UsageError
 from imagecache.store.base import Priority, RangeReader, check_key
 from imagecache.store.counters import ClassCounters, ReadCounters
 from imagecache.store.hedge import HedgedReader
+from imagecache.store.metered import MeteredStore
 from imagecache.store.opened import OpenedStore
 from imagecache.store.rangeclient import HttpRangeReader
+from imagecache.store.remembered import Remembered
 from imagecache.store.retry import RetryReader, RetryStore
 from imagecache.store.s3 import S3Store
 from imagecache.store.s3_client import BucketClient, S3Location
@@ -49,7 +51,8 @@ def open_s3(url: str, settings: StoreSettings) -> OpenedStore:
         tier: RangeReader = MeteredReader(http, counters.tier)
         tier = LimitedReader(tier, settings.places, counters.tier)
         reader = TieredReader(tier, origin, counters, patience_s=settings.tier_patience_s)
-    store = RetryStore(S3Store(client, settings.retry), settings.retry)
+    bucket = S3Store(client, settings.retry, remembered=Remembered(settings.remember_in))
+    store = RetryStore(MeteredStore(bucket, counters.control), settings.retry)
     return OpenedStore(url, store, reader, counters, FirstStream(streams))
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from imagecache.errors import CubecacheError, Denied, LimitExceeded, NotFound, Rejected, Unavailable
 from imagecache.store.base import ObjectStat, OriginProtocol, check_key, check_prefix
 from imagecache.store.policy import RetryPolicy, retryable
+from imagecache.store.remembered import Remembered
 from imagecache.store.s3_client import BucketClient
 from imagecache.store.s3_errors import AlreadyThere, ConditionUnsupported
 from imagecache.store.s3_multipart import MultipartUpload, Piece
@@ -29,6 +30,7 @@ SINGLE_PUT_BYTES = 64 << 20
 PROBE_PREFIX = "probe"
 _COMPARE_BYTES = 1 << 20
 _MAX_PAGES = 1_000_000
+_ATOMIC = "conditional puts are honoured"
 
 
 class S3Store:
@@ -42,7 +44,10 @@ class S3Store:
         single_put_bytes: int = SINGLE_PUT_BYTES,
         dice: random.Random | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        remembered: Remembered | None = None,
     ) -> None:
+        """`remembered` spares other processes of this host the probe of conditional puts."""
+        self._remembered = remembered or Remembered(None)
         self._client = client
         self._bucket = client.location.bucket
         self._full_key = client.location.full_key
@@ -152,6 +157,9 @@ class S3Store:
 
     async def claims_are_atomic(self) -> bool:
         """True when a second conditional put of one probe object was refused; asked once."""
+        where = f"{self._client.location.endpoint} {self._client.location}"
+        if self._atomic is None:
+            self._atomic = await asyncio.to_thread(self._remembered.load, where, _ATOMIC)
         if self._atomic is None:
             key = f"{PROBE_PREFIX}/{secrets.token_hex(16)}"
             piece = Piece(b"probe", 0, 5)
@@ -166,6 +174,7 @@ class S3Store:
             finally:
                 with contextlib.suppress(CubecacheError):
                     await self.delete(key)
+            await asyncio.to_thread(self._remembered.save, where, _ATOMIC, self._atomic)
         return self._atomic
 
     async def close(self) -> None:

@@ -35,7 +35,8 @@ class StoreSettings:
 
     `tier_url` is the base URL of a shared HTTP cache in front of an S3 origin, `tier_patience_s`
     what it may take before the origin is asked. `ca_file` holds the certificates that HTTPS
-    endpoints are checked against, instead of the system's.
+    endpoints are checked against, instead of the system's. `remember_in` is a directory that keeps
+    for a day what was found out about the store; None: each process finds out.
     """
 
     retry: RetryPolicy = field(default_factory=RetryPolicy)
@@ -47,4 +48,5 @@ class StoreSettings:
     tier_url: str | None = None
     tier_patience_s: float = 1.0
     ca_file: Path | None = None
+    remember_in: Path | None = None
     proxies: Mapping[str, str] = field(default_factory=dict)
