@@ -1,8 +1,10 @@
-/* Test driver of the pure parsers: "config FILE..." or "account USER PASSWD GROUP". Prints one line
+/* Test driver of the pure parsers: "config FILE...", "request FILE..." or "account USER PASSWD
+ * GROUP". Prints one line
  * per answer; exits 0 unless a sanitizer ends it.
  */
 #include "account.h"
 #include "config.h"
+#include "request.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -41,7 +43,32 @@ static void print_config(const struct config *config)
                config->containers[i].root_disk, config->containers[i].root_fs,
                config->containers[i].argument_count, config->containers[i].environment_count,
                config->containers[i].arguments[0]);
+    for (size_t i = 0; i < config->volume_count; i++)
+        printf(" volume=%s/%d/%zu", config->volumes[i].name, (int)config->volumes[i].kind,
+               config->volumes[i].file_count);
+    for (size_t i = 0; i < config->interface_count; i++)
+        printf(" interface=%s/%zu", config->interfaces[i].name, config->interfaces[i].address_count);
+    for (size_t i = 0; i < config->container_count; i++)
+        for (size_t j = 0; j < config->containers[i].mount_count; j++)
+            printf(" mount=%zu:%s", config->containers[i].mounts[j].index,
+                   config->containers[i].mounts[j].path);
     putchar('\n');
+}
+
+static void check_request(const char *path)
+{
+    size_t length;
+    uint8_t *record = read_file(path, &length);
+    struct request request;
+    const char *error = request_parse(record, length, &request);
+    if (error)
+        printf("error %s\n", error);
+    else
+        printf("ok container=%u args=%zu env=%zu port=%u size=%ux%u tty=%d\n", request.container,
+               request.argument_count, request.environment_count, request.port, request.rows,
+               request.columns, request.tty);
+    request_free(&request);
+    free(record);
 }
 
 static void check_config(const char *path)
@@ -92,10 +119,13 @@ int main(int count, char **words)
     if (count >= 3 && strcmp(words[1], "config") == 0)
         for (int i = 2; i < count; i++)
             check_config(words[i]);
+    else if (count >= 3 && strcmp(words[1], "request") == 0)
+        for (int i = 2; i < count; i++)
+            check_request(words[i]);
     else if (count == 5 && strcmp(words[1], "account") == 0)
         check_account(words + 2);
     else {
-        fputs("usage: check-parsers config FILE... | account USER PASSWD GROUP\n", stderr);
+        fputs("usage: check-parsers config FILE... | request FILE... | account USER PASSWD GROUP\n", stderr);
         return 2;
     }
     return 0;

@@ -287,25 +287,26 @@ async def check_loss(link: GuestLink) -> None:
 async def check_adoption(
     sandbox: Sandbox, first: GuestProcess, key: bytes
 ) -> tuple[GuestProcess, GuestLink]:
-    """A new host takes the channel over, in the middle of the old one's frame."""
-    lost = sandbox.link.execute(ExecSpec(1, ("sleep", "1000")))
-    await asyncio.wait_for(lost.started.wait(), SECONDS)
-    sandbox.machine.writer.write(b"\xff\xff\0\0\x03\0")  # a frame that never ends
-    await sandbox.machine.writer.drain()
-    path = sandbox.machine._channel_path  # type: ignore[attr-defined]  # the driver's own
-    sandbox.machine.writer.close()
-    reader, writer = await asyncio.open_unix_connection(str(path))
-    link = GuestLink(reader, writer, sync_key=key)
-    serving = asyncio.create_task(link.serve())
-    await asyncio.wait_for(link.greeted, SECONDS)
-    assert set(link.states) == {1, 2, 3, 4}
-    assert link.states[2].exited.result().code == 5
-    assert "nowhere" in link.states[3].exited.result().problem
-    adopted = link.states[1]
-    assert adopted.started.is_set()
-    assert not adopted.exited.done()
-    assert (await run(link, 1, "echo", "again")) == (0, b"again\n")
+    """New hosts take the channel over: in the middle of the old one's frame, and between frames."""
+    writer, link = sandbox.machine.writer, sandbox.link
+    path = str(sandbox.machine._channel_path)  # type: ignore[attr-defined]  # the driver's own
+    for rest in (b"\xff\xff\0\0\x03\0", b""):
+        lost = link.execute(ExecSpec(1, ("sleep", "1000")))
+        await asyncio.wait_for(lost.started.wait(), SECONDS)
+        writer.write(rest)
+        await writer.drain()
+        writer.close()
+        await asyncio.wait_for(asyncio.wait({sandbox._serving}), SECONDS)
+        reader, writer = await asyncio.open_unix_connection(path)
+        link = GuestLink(reader, writer, sync_key=key)
+        sandbox._serving = asyncio.create_task(link.serve())
+        await asyncio.wait_for(link.greeted, SECONDS)
+        assert set(link.states) == {1, 2, 3, 4}
+        assert link.states[2].exited.result().code == 5
+        assert "nowhere" in link.states[3].exited.result().problem
+        adopted = link.states[1]
+        assert adopted.started.is_set()
+        assert not adopted.exited.done()
+        assert (await run(link, 1, "echo", "again")) == (0, b"again\n")
     sandbox.link = link
-    sandbox._serving.cancel()
-    sandbox._serving = serving
     return adopted, link
