@@ -16,6 +16,7 @@ from imagecache.daemon.metrics import exposition
 from imagecache.daemon.naming import FACE, PLATFORM, requested
 from imagecache.daemon.openapi import document
 from imagecache.daemon.operations import Call, Operation, operation, operations_of
+from imagecache.daemon.ownership import require_owned
 from imagecache.daemon.preloadroutes import PreloadRoutes
 from imagecache.daemon.realmroutes import RealmRoutes
 from imagecache.daemon.service import ExportRequest, Service
@@ -178,6 +179,7 @@ class Routes:
         if body["socket"] is not None:
             call.caller.require(Role.ADMIN, "a socket of one's own")
         image = await requested(self._service.settings, call, body["image"])
+        await require_owned(self._service, call.caller, image)
         wanted = ExportRequest(
             image,
             body["socket"],

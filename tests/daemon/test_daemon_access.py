@@ -10,7 +10,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 import trustme
-from kits.httpapi import Remote, free_port, served, write_tokens
+from kits.httpapi import Remote, free_port, preloaded, served, write_tokens
 
 from imagecache.daemon.access import Role, Tokens, Unauthenticated, peer_caller
 from imagecache.daemon.naming import require_public
@@ -54,6 +54,7 @@ async def test_roles_bound_what_a_token_may_do(remote: Remote) -> None:
 async def test_owners_do_not_see_each_other(remote: Remote, built: str) -> None:
     """I11: another owner's export or job is answered exactly as one that is not there."""
     body = {"image": built}
+    await preloaded(remote, "a", built)
     status, first = await remote.call("a", "POST", "/v1/exports", body)
     assert (status, first["name"].startswith("team-a.")) == (201, True)
     assert (await remote.call("a", "POST", "/v1/exports", body))[0] == 200
@@ -68,6 +69,8 @@ async def test_owners_do_not_see_each_other(remote: Remote, built: str) -> None:
         assert (await remote.call("boss", "GET", path))[0] == 200
     assert (await remote.call("b", "GET", "/v1/exports"))[1] == {"exports": []}
     assert (await remote.call("b", "GET", "/v1/preloads"))[1] == {"preloads": []}
+    assert (await remote.call("b", "POST", "/v1/exports", body))[0] == 404
+    await preloaded(remote, "b", built)
     status, second = await remote.call("b", "POST", "/v1/exports", body)
     assert (status, second["name"]) == (201, first["name"].replace("team-a", "team-b"))
     forced = await remote.call("b", "DELETE", f"/v1/exports/{second['name']}?force=1")
@@ -86,6 +89,7 @@ async def test_web_pages_get_nothing(remote: Remote) -> None:
 async def test_repeats_with_a_key_get_the_first_answer(remote: Remote, built: str) -> None:
     """I4: the same request id is the same result, also with the export gone; another body: 422."""
     key = {"Idempotency-Key": "k1"}
+    await preloaded(remote, "a", built)
     first = await remote.call("a", "POST", "/v1/exports", {"image": built}, **key)
     name = first[1]["name"]
     assert (await remote.call("a", "DELETE", f"/v1/exports/{name}"))[0] == 204

@@ -9,7 +9,7 @@ from typing import Any
 import aiohttp
 import pytest
 from kits.browser import DESKTOP, PHONE, browser, complaints, resize, wait_for
-from kits.httpapi import Remote, free_port, served, write_tokens
+from kits.httpapi import Remote, free_port, preloaded, served, write_tokens
 
 from imagecache.daemon.page import asset
 from imagecache.settings import ApiSection, Settings
@@ -27,12 +27,7 @@ async def page(where: Settings, tmp_path: Path, built: str) -> AsyncIterator[str
     async with served(where, api), aiohttp.ClientSession() as session:
         remote = Remote(session, url)
         for who in ("a", "b"):
-            _, answer = await remote.call(who, "POST", "/v1/preloads", {"images": [built]})
-            job = answer["preloads"][0]
-            while job["state"] not in ("done", "failed"):
-                path = f"/v1/preloads/{job['id']}?wait=20&since={job['version']}"
-                _, job = await remote.call(who, "GET", path)
-            assert job["state"] == "done", job
+            await preloaded(remote, who, built)
             status, _ = await remote.call(who, "POST", "/v1/exports", {"image": built})
             assert status == 201
         yield url

@@ -59,16 +59,16 @@ class Remote:
     """The API over TCP, as whoever has a token."""
 
     def __init__(self, session: aiohttp.ClientSession, url: str) -> None:
-        self._session = session
-        self._url = url
+        self.session = session
+        self.url = url
 
     async def call(
         self, who: str | None, method: str, path: str, body: Any = None, **headers: str
     ) -> tuple[int, Any]:
         if who is not None:
             headers["Authorization"] = f"Bearer {who * 9}"
-        async with self._session.request(
-            method, self._url + path, json=body, headers=headers
+        async with self.session.request(
+            method, self.url + path, json=body, headers=headers
         ) as answer:
             if answer.content_type.endswith("json"):
                 found = await answer.json(content_type=None)
@@ -77,3 +77,16 @@ class Remote:
                     assert found.pop("request") == answer.headers["X-Request-Id"]
                 return answer.status, found
             return answer.status, await answer.text()
+
+
+async def preloaded(remote: Remote, who: str, image: str) -> str:
+    """Preloads as somebody; the manifest digest."""
+    _, answer = await remote.call(who, "POST", "/v1/preloads", {"images": [image]})
+    job = answer["preloads"][0]
+    async with asyncio.timeout(90):
+        while job["result"] is None:
+            assert job["error"] is None, job
+            _, job = await remote.call(
+                who, "GET", f"/v1/preloads/{job['id']}?wait=10&since={job['version']}"
+            )
+    return str(job["result"]["image"])
