@@ -4,6 +4,7 @@ import asyncio
 import json
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from imagecache.composition import ImageRequest, opened_catalog
 from imagecache.daemon.service import ExportRequest, Service
 from imagecache.errors import Denied
 from imagecache.profile.prepare import load_image
+from imagecache.sections import EncryptionSection
 from imagecache.settings import CacheSection, Settings
 from preload.jobs import Job, JobState
 
@@ -127,6 +129,25 @@ async def test_image_is_read_from_the_spool_before_it_is_stored(
     assert len(service.packs) == 0 and await roots(service) == 1
     # What nobody has read yet comes from the store now, through the same device.
     assert await content_of(export, spans[b"app/two"]) == FILES[b"app/two"]
+
+
+async def test_sealed_realm_is_read_from_the_spool_too(
+    where: Settings, fresh: str, tmp_path: Path
+) -> None:
+    document = tmp_path / "secrets"
+    document.write_text(f"names:{'1f' * 32}\n1:{'2e' * 32}\n")
+    document.chmod(0o600)
+    sealed = replace(where, encryption=EncryptionSection(secrets=f"file:{document}"))
+    service = await Service.open(sealed)
+    try:
+        held, job = await begun(service, fresh)
+        export, spans = await exported(service, fresh)
+        assert await content_of(export, spans[b"large"]) == FILES[b"large"]
+        held.may_go.set()
+        assert (await ended(job)).state is JobState.DONE, job.error
+        assert await content_of(export, spans[b"app/two"]) == FILES[b"app/two"]
+    finally:
+        await service.close()
 
 
 async def test_export_outlives_a_build_that_fails(service: Service, fresh: str) -> None:
