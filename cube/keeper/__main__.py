@@ -80,6 +80,8 @@ def _lock(state: Path) -> int:
     except OSError as error:
         os.close(descriptor)
         raise Busy(f"another keeper has {state}") from error
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)  # for people, and who must end it
     return descriptor
 
 

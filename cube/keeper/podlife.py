@@ -16,7 +16,7 @@ from typing import Final, Protocol
 
 from cube.configdisk import SERIAL, encode_config, new_sync_key
 from cube.container import ImageDefaults
-from cube.errors import MachineFailed
+from cube.errors import BootFailed, MachineFailed
 from cube.guest.assets import GuestFiles
 from cube.keeper import status as words
 from cube.keeper.backoff import BackOff
@@ -192,7 +192,8 @@ class PodLife:
                     await sandbox.power_off()
                 return
             except MachineFailed as error:
-                message = "; ".join([error.message, *error.console[-3:]])
+                told = error.console[-3:] if isinstance(error, BootFailed) else ()
+                message = "; ".join([error.message, *told])
                 _LOG.warning("pod %s: %s", self.pod.key, message)
                 await self._close()
                 for life in self._lives.values():
@@ -241,6 +242,7 @@ class PodLife:
         link = GuestLink(machine.reader, machine.writer, sync_key=bytes.fromhex(row.sync_key))
         self.sandbox = Sandbox(machine, link, time.monotonic())
         await self.sandbox.booted(seconds=_ADOPT_SECONDS)
+        self.status.message = ""
         return self.sandbox
 
     async def _boot(self) -> Sandbox:
@@ -282,6 +284,7 @@ class PodLife:
         self._mark("machine")
         self.sandbox = Sandbox(machine, GuestLink(machine.reader, machine.writer), started)
         await self.sandbox.booted(seconds=BOOT_SECONDS)
+        self.status.message = ""
         self._mark("agent")
         return self.sandbox
 

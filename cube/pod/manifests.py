@@ -224,6 +224,11 @@ class _Reader:
         for field_name in _PLACEMENT:
             if (*place.path, field_name) in place.document.lines:
                 self._found.notes.append(f"{place / field_name} is read over: there is one host")
+        if spec.image_pull_secrets:
+            self._found.notes.append(
+                f"{place / 'imagePullSecrets'} is checked and read over: the daemon pulls with its"
+                " own credentials (registry.docker_config)"
+            )
         security = spec.security_context or PodSecurityContext()
         around = Surroundings(self._sources, namespace, self._claims, self._policy)
         volumes = self._volumes(spec, place / "volumes", around)
