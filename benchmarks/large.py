@@ -130,6 +130,13 @@ def text_layer(tar: tarfile.TarFile, layer: int, size: int) -> None:
         tar.addfile(member, _reader(_Text(layer << 24 | number, member.size)))
 
 
+def noise_layer(tar: tarfile.TarFile, name: str, size: int) -> None:
+    """One file of `size` bytes that do not compress."""
+    member = tarfile.TarInfo(name)
+    member.size = size
+    tar.addfile(member, _reader(_Noise(6, size)))
+
+
 def _reader(source: _Noise) -> IO[bytes]:
     return source  # type: ignore[return-value] # tarfile calls read alone
 

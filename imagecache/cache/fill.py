@@ -12,6 +12,7 @@ from enum import StrEnum
 from imagecache.cache.arena import Arena
 from imagecache.cache.fetch import Fetcher
 from imagecache.cache.image import ImageMap
+from imagecache.cache.plan import MAX_CHUNKS
 from imagecache.errors import Unavailable
 from imagecache.store.base import Priority
 
@@ -250,7 +251,8 @@ class Fill:
         size = 0
         for ordinal in pending:
             length = self._image.stored_length(ordinal)
-            if step and size + length > self._fetcher.settings.max_get_bytes:
+            full = size + length > self._fetcher.settings.max_get_bytes or len(step) == MAX_CHUNKS
+            if step and full:
                 yield step
                 step, size = [], 0
             step.append(ordinal)

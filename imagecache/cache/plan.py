@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from imagecache.blockimage.locations import Location
 
+MAX_CHUNKS = 64  # 16 MiB of plaintext at most
+
 
 @dataclass(frozen=True, slots=True)
 class Get:
@@ -18,11 +20,14 @@ class Get:
     members: tuple[int, ...]
 
 
-def plan_gets(locations: Sequence[Location], *, max_bytes: int, max_gap: int) -> list[Get]:
+def plan_gets(
+    locations: Sequence[Location], *, max_bytes: int, max_gap: int, max_chunks: int = MAX_CHUNKS
+) -> list[Get]:
     """The reads for chunks at `locations`, ordered by the place of their first member.
 
     Two chunks share a read when at most `max_gap` bytes that nobody wants lie between them and the
-    read stays within `max_bytes`; a chunk larger than that is read alone.
+    read stays within `max_bytes` and `max_chunks`; a chunk larger than that is read alone. What is
+    stored may be a hundredth of what it becomes, so bytes alone bound no memory.
     """
     order = sorted(range(len(locations)), key=lambda n: (locations[n].pack, locations[n].offset, n))
     gets: list[Get] = []
@@ -36,6 +41,7 @@ def plan_gets(locations: Sequence[Location], *, max_bytes: int, max_gap: int) ->
             and locations[group[0]].pack == place.pack
             and place.offset <= end + max_gap
             and stop - start <= max_bytes
+            and len(group) < max_chunks
         ):
             group.append(number)
             end = stop

@@ -331,5 +331,5 @@ async def test_a_key_that_is_not_configured(bench) -> None:
     image.locations = replace(image.locations, key_ids=b"\1\1")
     with pytest.raises(DeviceError) as caught:
         await b.device(image).read(0, 10)
-    assert isinstance(caught.value.__cause__, Corrupt)
-    assert "key 1" in str(caught.value)
+    assert isinstance(caught.value.__cause__, Denied)
+    assert "secret 1" in str(caught.value)
