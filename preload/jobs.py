@@ -7,21 +7,19 @@ the last one ended: what ran is queued again, and fails with a reason once it en
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
-from enum import StrEnum
 from functools import partial
-from typing import Any
 from uuid import uuid4
 
 from imagecache.build.progress import BuildResult, Progress, Report
 from imagecache.composition import ImageRequest
 from imagecache.errors import Busy, CubecacheError, NotFound, as_record
-from preload.jobtable import JobRow, JobTable
-from preload.pace import Pace
+from preload.jobstate import Job, JobState
+from preload.jobtable import JobTable
+
+__all__ = ["MAX_ATTEMPTS", "Job", "JobQueue", "JobState", "QueueFull"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,122 +35,6 @@ class QueueFull(Busy):
     def __init__(self, message: str, *, retry_seconds: float = RETRY_SECONDS) -> None:
         super().__init__(message, remedy=f"try again in {retry_seconds:.0f} seconds")
         self.retry_seconds = retry_seconds
-
-
-class JobState(StrEnum):
-    """Where a job stands; the last three are ends."""
-
-    QUEUED = "queued"
-    PAUSED = "paused"
-    RUNNING = "running"
-    DONE = "done"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-
-
-_ENDS = (JobState.DONE, JobState.FAILED, JobState.CANCELLED)
-
-
-@dataclass(eq=False, slots=True)
-class Job:
-    """One image's preload; `version` rises with every change, `changed` wakes who watches."""
-
-    identity: str
-    request: ImageRequest
-    owner: str = ""
-    priority: int = 0
-    pin_seconds: int = 0
-    bytes_per_second: int = 0  # bound of its downloads; 0: none
-    slot: int = 0  # while it runs: which of the builds at once
-    state: JobState = JobState.QUEUED
-    pace: Pace = field(default_factory=lambda: Pace(time.monotonic))
-    result: dict[str, Any] | None = None
-    error: dict[str, Any] | None = None
-    attempts: int = 0
-    submitted: float = 0.0  # seconds since the epoch
-    version: int = 0
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-    stop_as: JobState = JobState.CANCELLED
-    readable: bool = False  # the image can be exported, though it is not stored yet
-
-    def may_be_exported(self) -> None:
-        """Tells watchers that the image can be exported from now on."""
-        self.readable = True
-        self.touch()
-
-    @property
-    def ended(self) -> bool:
-        """Whether nothing will change any more."""
-        return self.state in _ENDS
-
-    def touch(self) -> None:
-        """Marks a change and wakes every watcher."""
-        self.version += 1
-        self.changed.set()
-        self.changed = asyncio.Event()
-
-    async def watch(self, seen: int, seconds: float) -> None:
-        """Returns when the version is beyond `seen`, or after `seconds`."""
-        if self.version > seen or self.ended:
-            return
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self.changed.wait()
-
-    def as_json(self) -> dict[str, Any]:
-        """What the API answers of a job."""
-        return {
-            "id": self.identity,
-            "image": self.request.reference,
-            "state": self.state.value,
-            "owner": self.owner,
-            "priority": self.priority,
-            "pin_seconds": self.pin_seconds,
-            "rate_limit": self.bytes_per_second,
-            "submitted": self.submitted,
-            "attempts": self.attempts,
-            "version": self.version,
-            "readable": self.readable,
-            "progress": self.pace.as_json(),
-            "result": self.result,
-            "error": self.error,
-        }
-
-    def row(self) -> JobRow:
-        """What the table keeps of it."""
-        return JobRow(
-            id=self.identity,
-            reference=self.request.reference,
-            platform=self.request.platform,
-            face=self.request.face,
-            owner=self.owner,
-            priority=self.priority,
-            pin_seconds=self.pin_seconds,
-            bytes_per_second=self.bytes_per_second,
-            state=self.state.value,
-            attempts=self.attempts,
-            submitted=self.submitted,
-            result=self.result,
-            error=self.error,
-            related=list(self.request.related),
-        )
-
-    @classmethod
-    def of(cls, row: JobRow) -> Job:
-        """The job that a row keeps."""
-        return cls(
-            identity=row.id,
-            request=ImageRequest(row.reference, row.platform, row.face, tuple(row.related or ())),
-            owner=row.owner,
-            priority=row.priority,
-            pin_seconds=row.pin_seconds,
-            bytes_per_second=row.bytes_per_second,
-            state=JobState(row.state),
-            attempts=row.attempts,
-            submitted=row.submitted,
-            result=row.result,
-            error=row.error,
-        )
 
 
 Build = Callable[[Job, Report], Awaitable[BuildResult]]
@@ -219,6 +101,7 @@ class JobQueue:
         priority: int = 0,
         pin_seconds: int = 0,
         bytes_per_second: int = 0,
+        warm: str = "",
     ) -> list[Job]:
         """The owner's jobs of equal requests that have not ended, or new ones; QueueFull.
 
@@ -228,8 +111,9 @@ class JobQueue:
         answer, fresh = [], []
         for request in requests:
             job = waiting.get((request, owner))
-            if job is None or job.pin_seconds < pin_seconds:
-                job = Job(uuid4().hex, request, owner, priority, pin_seconds, bytes_per_second)
+            if job is None or job.pin_seconds < pin_seconds or (warm and job.warm != warm):
+                job = Job(uuid4().hex, request, owner, priority, pin_seconds)
+                job.bytes_per_second, job.warm = bytes_per_second, warm
                 job.submitted = time.time()
                 waiting[request, owner] = job
                 fresh.append(job)

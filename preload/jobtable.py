@@ -35,6 +35,7 @@ class JobRow:
     error: dict[str, Any] | None
     related: list[str] | None = None  # images whose chunks are used again
     bytes_per_second: int = 0
+    warm: str = ""
 
 
 _COLUMNS: dict[str, type] = dict.fromkeys(JobRow.__slots__, str) | {
@@ -101,6 +102,7 @@ def _row(found: dict[str, Any]) -> JobRow:
     for name in _AS_JSON:
         found[name] = None if found[name] is None else json.loads(found[name])
     found["bytes_per_second"] = found["bytes_per_second"] or 0
+    found["warm"] = found["warm"] or ""
     if found["state"] not in _STATES:
         raise ValueError(found["state"])
     return JobRow(**found)

@@ -22,6 +22,7 @@ from imagecache.daemon.exporttable import ExportRecord
 from imagecache.daemon.listening import Sockets
 from imagecache.daemon.recording import StartKeeper
 from imagecache.errors import CubecacheError, Unavailable
+from imagecache.oci.throttle import Throttle
 from imagecache.profile.prepare import ImageNames
 from imagecache.profile.starts import KnownStart
 from imagecache.settings import Settings
@@ -154,6 +155,31 @@ class Attachments:
         )
         export.start.watch_device(export.device)
         export.failure = None
+
+    async def warm(
+        self, names: ImageNames, reference: str, mode: FillMode, throttle: Throttle
+    ) -> None:
+        """Brings an image that nobody exports into the arena; Unavailable where it does not fit.
+
+        `hot` is what its start is known to read, and the file system's own blocks.
+        """
+        image = await self.maps.get(names)
+        known = await self._starts.look_up(reference, names)
+        wanted = {entry.digest for entry in known.boot.entries} if known and known.boot else set()
+        hot = [n for n, digest in enumerate(image.digests()) if digest in wanted]
+        hot += image.ordinals_in(0, image.metadata_bytes)
+        fill = Fill(image, self._fetcher, mode=mode, hot=hot, bytes_per_second=throttle.rate)
+        fill.start()
+        try:
+            progress = await fill.wait()
+        finally:
+            await fill.stop()
+        if progress.chunks < progress.chunks_total:
+            raise Unavailable(
+                f"{reference}: {progress.chunks} of {progress.chunks_total} chunks are in the "
+                f"cache: {progress.error or 'it takes no more'}",
+                remedy="raise cache.budget_bytes, or warm less",
+            )
 
     def overlay_directory(self, name: str) -> Path:
         """Where a writable export keeps what was written."""

@@ -31,6 +31,19 @@ _PRELOADS = (
     FACE,
     Field("priority", "number", "Higher goes first.", least=-100, most=100),
     Field("pin_seconds", "number", "Pin the image for so long.", least=1, most=MAX_PIN_SECONDS),
+    Field(
+        "limit_bytes_per_second",
+        "number",
+        "Bound of its downloads.",
+        least=1024,
+        most=2**40,
+    ),
+    Field(
+        "warm",
+        "text",
+        "Bring it into this host's cache too: all of it, or what its start reads.",
+        choices=("whole", "hot"),
+    ),
     Field("related", "texts", "Images of the store whose chunks are used again.", items=8),
 )
 _WAIT = (
@@ -78,6 +91,8 @@ class PreloadRoutes:
             owner=call.caller.owner,
             priority=int(call.body["priority"] or 0),
             pin_seconds=int(call.body["pin_seconds"] or 0),
+            bytes_per_second=int(call.body["limit_bytes_per_second"] or 0),
+            warm=call.body["warm"] or "",
         )
         return web.json_response({"preloads": [job.as_json() for job in jobs]}, status=202)
 

@@ -21,6 +21,7 @@ from imagecache.build.progress import BuildResult, Report
 from imagecache.build.spooled import SpooledPacks, SpoolReader
 from imagecache.cache.arena import Arena
 from imagecache.cache.fetch import Fetcher
+from imagecache.cache.fill import FillMode
 from imagecache.cache.settings import ArenaSettings, FetchSettings, Integrity
 from imagecache.composition import (
     ImageRequest,
@@ -206,6 +207,7 @@ class Service:
 
     async def _build(self, job: Job, report: Report) -> BuildResult:
         request = job.request
+        throttle = Throttle(lambda: job.bytes_per_second, above=self.throttle)
         async with self.firsts.building(request, job.may_be_exported) as serving:
             built = await build_image(
                 self.settings,
@@ -213,7 +215,7 @@ class Service:
                 request,
                 report,
                 serving=serving,
-                throttle=Throttle(lambda: job.bytes_per_second, above=self.throttle),
+                throttle=throttle,
                 slot=job.slot,
             )
             await self.firsts.stored(await self._root(request))
@@ -221,6 +223,10 @@ class Service:
             name = request.reference
             await pin(self.catalog, await self._root(request), name, job.pin_seconds)
         await self._prepare_start(request)
+        if job.warm:
+            await self.attachments.warm(
+                await self._root(request), request.reference, FillMode(job.warm), throttle
+            )
         return built
 
     async def _prepare_start(self, request: ImageRequest) -> None:

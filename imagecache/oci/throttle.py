@@ -19,6 +19,12 @@ class Throttle:
         self._above = above
         self._next_at = 0.0
 
+    @property
+    def rate(self) -> int:
+        """Bytes a second that are allowed now, by all bounds; 0 for none."""
+        rates = [self._rate(), 0 if self._above is None else self._above.rate]
+        return min((rate for rate in rates if rate > 0), default=0)
+
     async def take(self, count: int) -> float:
         """Returns when `count` more bytes may be asked for; the seconds that it waited."""
         loop = asyncio.get_running_loop()
