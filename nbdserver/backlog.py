@@ -13,6 +13,20 @@ Pin = Callable[[int, int], Callable[[], None]]
 IOV_MAX = 1024
 
 
+def first_bytes(buffers: Sequence[Buffer], room: int) -> list[Buffer]:
+    """The first `room` bytes, or fewer: at most IOV_MAX buffers."""
+    parts: list[Buffer] = []
+    for buffer in buffers[:IOV_MAX]:
+        size = len(buffer)
+        if size > room:
+            if room:
+                parts.append(memoryview(buffer)[:room])
+            break
+        parts.append(buffer)
+        room -= size
+    return parts
+
+
 @dataclass(slots=True)
 class Reply:
     """One reply waiting: `head`, then `buffers`; `sent` bytes of it are gone. Length 0: no data."""
@@ -102,7 +116,7 @@ class Backlog:
             sent = 0
 
     def parts(self, room: int) -> list[Buffer]:
-        """Buffers for one send: about `room` bytes, at most IOV_MAX of them."""
+        """Buffers for one send: at most `room` bytes, at most IOV_MAX of them."""
         parts: list[Buffer] = []
         size = 0
         for reply in self.replies:
@@ -110,7 +124,7 @@ class Backlog:
             size += reply.total - reply.sent
             if size >= room or len(parts) >= IOV_MAX:
                 break
-        return parts[:IOV_MAX]
+        return first_bytes(parts, room)
 
     def advance(self, sent: int) -> None:
         """`sent` bytes left: drop what is complete and release its pins."""

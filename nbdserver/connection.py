@@ -24,10 +24,10 @@ from nbdserver.streams import Stream
 
 _log = logging.getLogger(__name__)
 
-# Of one connection in one turn of the loop: requests, and a batch sent counts as many. Less when
-# another one was served just before.
+# Of one connection in one turn of the loop: requests, and a batch sent counts as many. Less where
+# another one was served lately.
 _BUDGET_ALONE = 256
-_BUDGET_AMONG_OTHERS = 64
+_BUDGET_AMONG_OTHERS = 32
 _BATCH_COSTS = 64
 _BATCH_BYTES = 8192  # for each request of the budget
 _SMALL_RECEIVE = 16 << 10  # some 500 requests without payloads: more than a turn takes
@@ -263,9 +263,8 @@ class Connection:
 
     def _readable(self) -> None:
         turn = self._turn
-        alone = turn.last is self
-        turn.last = self
-        self._budget = _BUDGET_ALONE if alone else _BUDGET_AMONG_OTHERS
+        alone = turn.take(self)
+        self._budget = _BUDGET_AMONG_OTHERS if turn.crowded else _BUDGET_ALONE
         # Again: what arrives while a batch is answered is taken without a turn of the loop.
         for _ in range(4 if alone else 1):
             if not self._can_read():

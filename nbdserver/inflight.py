@@ -23,6 +23,7 @@ from nbdserver.sender import Sender
 
 _log = logging.getLogger(__name__)
 
+_CROWDED = 64
 _BY_READING = frozenset((Command.READ, Command.BLOCK_STATUS, Command.CACHE))
 
 
@@ -31,12 +32,24 @@ class Turn:
     """Shared by the connections of a loop: who was served last, how many misses are waited for,
     and memory for large payloads.
 
-    A connection lingers on its socket only when nobody else could be kept waiting.
+    A connection lingers on its socket only when nobody else could be kept waiting, and takes large
+    portions only where for a while nobody else was served: `crowded` counts down.
     """
 
     last: object | None = None
+    crowded: int = 0
     waiting: int = 0
     payloads: PayloadPool = field(default_factory=PayloadPool)
+
+    def take(self, who: object) -> bool:
+        """`who` is served now; whether it was the last one to be served, too."""
+        if self.last is who:
+            if self.crowded:
+                self.crowded -= 1
+            return True
+        self.last = who
+        self.crowded = _CROWDED
+        return False
 
 
 class InFlight:

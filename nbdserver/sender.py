@@ -8,7 +8,7 @@ import errno
 import logging
 from collections.abc import Callable, Sequence
 
-from nbdserver.backlog import IOV_MAX, Backlog, Reply
+from nbdserver.backlog import IOV_MAX, Backlog, Reply, first_bytes
 from nbdserver.counters import Counters
 from nbdserver.device import BaseDevice, Buffer, Device, DeviceError
 from nbdserver.limits import Limits
@@ -120,6 +120,10 @@ class Sender:
         sent = 0
         faulted = False
         if not self._backlog.replies and not self._stream.unsent:
+            room = self._limits.batch_bytes
+            if expected > 2 * room:
+                # One call sends on as long as the client reads on: here it has an end.
+                out = first_bytes(out, room)
             try:
                 sent = self._stream.sendmsg(out if len(out) <= IOV_MAX else out[:IOV_MAX])
             except (BlockingIOError, InterruptedError):

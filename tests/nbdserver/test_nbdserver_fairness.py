@@ -1,6 +1,6 @@
 """One client's flood is served in portions, so that its neighbours' requests come in between."""
 
-import time
+import threading
 
 import pytest
 from kits.nbd_client import EINVAL, FLUSH, READ, RawClient
@@ -33,9 +33,13 @@ def test_flood_leaves_turns_to_others(tmp_path, kind):
             victim.greet().go()
             command, offset, error = (FLUSH, 1, EINVAL) if kind == "errors" else (READ, 0, 0)
             asked = b"".join(flood.pack(command, offset, 1) for _ in range(FLOOD))
-            running.do(lambda: running.loop.call_soon(time.sleep, 0.3))
+            frozen, both_sent = threading.Event(), threading.Event()
+            running.loop.call_soon_threadsafe(lambda: (frozen.set(), both_sent.wait(20)))
+            assert frozen.wait(20)
             flood.send(asked)
-            assert victim.read(512 * 1024, 4096) == pattern(512 * 1024, 4096)
+            victim.send(victim.pack(READ, 512 * 1024, 4096))
+            both_sent.set()
+            assert victim.reply().data == pattern(512 * 1024, 4096)
             assert device.before_victim < FLOOD / 2
             for _ in range(FLOOD):
                 assert flood.reply().error == error
