@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
-import os
+import ssl
 import subprocess
-import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 
 from imagecache.composition import ImageRequest
-from imagecache.errors import Busy, CubecacheError, NotFound, Unavailable, exit_code, from_record
+from imagecache.errors import CubecacheError, Denied, NotFound, Unavailable, UsageError, from_record
 from imagecache.settings import Settings
+from preload.starting import start_daemon_process, stop_daemon
 
 ANSWER_LIMIT = 16 << 20
 CALL_SECONDS = 120.0
 WATCH_SECONDS = 20.0
-START_SECONDS = 30.0
-BUSY_STATUS = exit_code(Busy(""))
+RETRIES = 20
+RETRY_SECONDS = 0.25
 
 _GOING_ON = ("queued", "running", "paused")
+
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 log = logging.getLogger(__name__)
 
@@ -64,34 +66,60 @@ class ExportHandle:
 class Client:
     """One connection pool to one daemon; made by `connect`."""
 
-    def __init__(self, session: aiohttp.ClientSession, socket: Path) -> None:
+    def __init__(
+        self, session: aiohttp.ClientSession, place: str, base: str = "http://cubecache"
+    ) -> None:
+        """`place` is how people name the daemon: its socket's path, or its URL."""
+        self.place = place
         self._session = session
-        self._socket = socket
+        self._base = base
+        self._answered = False
         self._unstored: list[dict[str, Any]] = []
 
     async def call(self, method: str, path: str, body: Any = None, **query: Any) -> Any:
-        """One call of the API; raises what the daemon answered, or Unavailable."""
-        try:
-            async with self._session.request(
-                method,
-                f"http://cubecache{path}",
-                json=body,
-                params={key: str(value) for key, value in query.items()},
-            ) as response:
-                raw = await response.content.read(ANSWER_LIMIT)
-                if response.status == 204:
-                    return None
-                if response.content_type == "text/plain":
-                    return raw.decode()
-                answer = _decode(raw)
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise absent(self._socket) from error
+        """One call of the API; raises what the daemon answered, or Unavailable.
+
+        A question whose connection breaks is asked again for some seconds: a daemon that is being
+        upgraded, or started again, is not an error.
+        """
+        left = RETRIES if method == "GET" and self._answered else 0
+        while True:
+            try:
+                answer = await self._call(method, path, body, query)
+            except (aiohttp.ClientError, OSError) as error:  # TimeoutError is an OSError
+                if not left or isinstance(error, TimeoutError):
+                    raise absent(self.place) from error
+                left -= 1
+                await asyncio.sleep(RETRY_SECONDS)
+                continue
+            self._answered = True
+            return answer
+
+    async def _call(self, method: str, path: str, body: Any, query: dict[str, Any]) -> Any:
+        async with self._session.request(
+            method,
+            f"{self._base}{path}",
+            json=body,
+            params={key: str(value) for key, value in query.items()},
+        ) as response:
+            raw = await response.content.read(ANSWER_LIMIT)
+            if response.status == 204:
+                return None
+            if response.content_type == "text/plain":
+                return raw.decode()
+            answer = _decode(raw)
         if response.status >= 400:
             raise from_record(answer if isinstance(answer, dict) else {"message": str(answer)})
         return answer
 
     async def submit(
-        self, requests: Sequence[ImageRequest], *, priority: int = 0, pin_seconds: int = 0
+        self,
+        requests: Sequence[ImageRequest],
+        *,
+        priority: int = 0,
+        pin_seconds: int = 0,
+        limit_bytes_per_second: int = 0,
+        warm: str | None = None,
     ) -> list[dict[str, Any]]:
         """Queues preloads and returns their jobs' JSON objects, in order; does not wait.
 
@@ -104,6 +132,8 @@ class Client:
             "fs": requests[0].face,
             "priority": priority,
             "pin_seconds": pin_seconds or None,
+            "limit_bytes_per_second": limit_bytes_per_second or None,
+            "warm": warm,
             "related": list(requests[0].related) or None,
         }
         jobs: list[dict[str, Any]] = (await self.call("POST", "/v1/preloads", body))["preloads"]
@@ -279,9 +309,9 @@ def handle(answer: dict[str, Any]) -> ExportHandle:
     )
 
 
-def absent(socket: Path) -> Unavailable:
+def absent(place: Path | str) -> Unavailable:
     """The error of a daemon that does not answer."""
-    return Unavailable(f"no daemon answers on {socket}", remedy="start one: cubecache serve")
+    return Unavailable(f"no daemon answers on {place}", remedy="start one: cubecache serve")
 
 
 @asynccontextmanager
@@ -307,7 +337,38 @@ async def _client(settings: Settings) -> AsyncIterator[Client]:
     connector = aiohttp.UnixConnector(path=str(settings.control_socket))
     timeout = aiohttp.ClientTimeout(total=CALL_SECONDS)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
-        yield Client(session, settings.control_socket)
+        yield Client(session, str(settings.control_socket))
+
+
+@asynccontextmanager
+async def connect_url(
+    url: str, *, token: str | None = None, ca_file: Path | None = None
+) -> AsyncIterator[Client]:
+    """A client of a daemon elsewhere: `https://HOST:PORT`, or `http://` on this host.
+
+    `token` is one that its `[api] tokens` knows. Raises UsageError for other URLs.
+    """
+    parsed = urlsplit(url)
+    if parsed.scheme not in ("http", "https") or not parsed.hostname or parsed.path.strip("/"):
+        raise UsageError(f"{url!r} is no daemon's URL", remedy="write https://HOST:PORT")
+    if parsed.username or parsed.query or parsed.fragment:
+        raise UsageError("a daemon's URL has a host and a port, no more")
+    if parsed.scheme == "http" and token and parsed.hostname not in _LOOPBACK:
+        raise UsageError(f"{url} would be sent the token in the clear", remedy="use https")
+    context: ssl.SSLContext | bool = True
+    if ca_file is not None:
+        try:
+            context = await asyncio.to_thread(ssl.create_default_context, cafile=ca_file)
+        except OSError as error:
+            raise Denied(f"certificates {ca_file}: {error}") from error
+    base = f"{parsed.scheme}://{parsed.netloc}"
+    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    async with aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(ssl=context),
+        timeout=aiohttp.ClientTimeout(total=CALL_SECONDS),
+        headers=headers,
+    ) as session:
+        yield Client(session, base, base)
 
 
 async def answers(settings: Settings) -> bool:
@@ -321,68 +382,9 @@ async def answers(settings: Settings) -> bool:
     return True
 
 
-def serve_command(settings: Settings, *, detached: bool) -> list[str]:
-    """The command line of a daemon with these settings; one not detached ends with its starter."""
-    command = [sys.executable, "-m", "imagecache", "--state-dir", str(settings.state_dir)]
-    command += ["--store", settings.store_url]
-    if settings.config_file:
-        command += ["--config", str(settings.config_file)]
-    return [*command, "serve", *([] if detached else ["--until-stdin-closes"])]
-
-
 async def start_daemon(settings: Settings, *, detached: bool = False) -> subprocess.Popen[bytes]:
     """Starts a daemon and waits until it answers; its log goes to STATE/daemon.log."""
-    environment = {**os.environ, "CUBECACHE_REALM": settings.realm}
-
-    def spawn() -> subprocess.Popen[bytes]:
-        settings.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with (settings.state_dir / "daemon.log").open("ab") as log:
-            return subprocess.Popen(
-                serve_command(settings, detached=detached),
-                stdin=subprocess.DEVNULL if detached else subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                env=environment,
-                start_new_session=True,
-            )
-
-    process = await asyncio.to_thread(spawn)
-    try:
-        async with asyncio.timeout(START_SECONDS):
-            while not await answers(settings):
-                if process.poll() == BUSY_STATUS:
-                    # A daemon that was told to end still drains and holds the arena's lock.
-                    await asyncio.sleep(0.2)
-                    process = await asyncio.to_thread(spawn)
-                elif process.poll() is not None:
-                    raise Unavailable(
-                        f"a daemon could not start (exit status {process.returncode})",
-                        remedy=f"see {settings.state_dir / 'daemon.log'}",
-                    )
-                await asyncio.sleep(0.05)
-    except BaseException as error:
-        await stop_daemon(process)
-        if isinstance(error, TimeoutError):
-            raise Unavailable(
-                f"a daemon was not ready within {START_SECONDS:.0f} seconds",
-                remedy=f"see {settings.state_dir / 'daemon.log'}",
-            ) from error
-        raise
-    return process
-
-
-async def stop_daemon(process: subprocess.Popen[bytes]) -> None:
-    """Ends a daemon that `start_daemon` started: TERM, then KILL after ten seconds."""
-    with contextlib.suppress(ProcessLookupError):
-        process.terminate()
-    try:
-        await asyncio.to_thread(process.wait, 10)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        await asyncio.to_thread(process.wait)
-    finally:
-        if process.stdin is not None:
-            process.stdin.close()
+    return await start_daemon_process(settings, answers, detached=detached)
 
 
 def _decode(raw: bytes) -> Any:
