@@ -175,6 +175,7 @@ async def build_image(
         catalog,
         Spool(settings.state_dir / f"spool{suffix}"),
         BuildSettings(
+            limits=settings.limits,
             level=settings.build.level,
             threads=settings.build.threads,
             deadline_seconds=settings.build.deadline_seconds,

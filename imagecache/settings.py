@@ -19,6 +19,7 @@ from typing import Any
 
 from imagecache.blockimage.keys import RealmKeys
 from imagecache.errors import Denied, UsageError
+from imagecache.flatten.limits import Limits
 from imagecache.sections import (
     ApiSection,
     BuildSection,
@@ -78,6 +79,7 @@ class Settings:
     encryption: EncryptionSection = field(default_factory=EncryptionSection)
     registry: RegistrySection = field(default_factory=RegistrySection)
     build: BuildSection = field(default_factory=BuildSection)
+    limits: Limits = field(default_factory=Limits)
     preload: PreloadSection = field(default_factory=PreloadSection)
     prices: PricesSection = field(default_factory=PricesSection)
     nbd: NbdSection = field(default_factory=NbdSection)
@@ -144,6 +146,7 @@ _SECTIONS: dict[str, Any] = {
     "encryption": EncryptionSection,
     "registry": RegistrySection,
     "build": BuildSection,
+    "limits": Limits,
     "preload": PreloadSection,
     "prices": PricesSection,
     "nbd": NbdSection,
@@ -167,6 +170,7 @@ SETTINGS: tuple[Setting, ...] = (
         )
         for name, kind in _SECTIONS.items()
         for item in dataclasses.fields(kind)
+        if item.metadata
     ),
 )
 
@@ -214,7 +218,11 @@ def load_settings(
         origins=origins,
         **{
             name: kind(
-                **{item.name: values[f"{name}.{item.name}"] for item in dataclasses.fields(kind)}
+                **{
+                    item.name: values[f"{name}.{item.name}"]
+                    for item in dataclasses.fields(kind)
+                    if item.metadata
+                }
             )
             for name, kind in _SECTIONS.items()
         },

@@ -18,7 +18,7 @@ from imagecache.errors import UsageError
 from imagecache.facechoice import FaceChoice
 from imagecache.flatten import kinds
 from imagecache.flatten.filetable import FileTable
-from imagecache.flatten.limits import Limits
+from imagecache.flatten.limits import STORED
 from imagecache.imagediff import difference
 from imagecache.imageview import ImageView
 from imagecache.session import Session, face_option, json_option
@@ -42,7 +42,7 @@ async def load_view(catalog: Catalog, root: RootRecord) -> ImageView:
     tables = []
     for layer in manifest.layers:
         index = await catalog.layer_index(layer.index, root.generation)
-        tables.append(await asyncio.to_thread(FileTable.decode, index.file_table, Limits()))
+        tables.append(await asyncio.to_thread(FileTable.decode, index.file_table, STORED))
     return ImageView(manifest, tables)
 
 

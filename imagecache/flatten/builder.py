@@ -147,7 +147,7 @@ class FileTableBuilder:
             raise LimitExceeded(
                 f"{_where(header)}: the layer has more than {self._limits.entries} names, "
                 f"or its paths have more than {self._limits.path_total_bytes} bytes",
-                remedy="raise the limits entries and path_total_bytes if this image is trusted",
+                remedy="raise [limits] entries and path_total_bytes if this image is trusted",
             )
 
     def _make_parents(self, parts: list[bytes], header: Header) -> _Directory:
@@ -238,7 +238,7 @@ class FileTableBuilder:
                 raise LimitExceeded(
                     f"{_where(header)}: the layer's files have more than "
                     f"{self._limits.logical_bytes} bytes, holes included",
-                    remedy="raise the limit logical_bytes if this image is trusted",
+                    remedy="raise [limits] logical_bytes if this image is trusted",
                 )
         elif kind == kinds.SYMLINK:
             if not 0 < len(header.link) <= self._limits.symlink_bytes:

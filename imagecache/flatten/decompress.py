@@ -82,14 +82,14 @@ class LayerStream:
         if self.plain_bytes > self._limits.layer_bytes:
             raise LimitExceeded(
                 f"layer is larger than {self._limits.layer_bytes} bytes uncompressed",
-                remedy="raise the limit layer_bytes if this image is trusted",
+                remedy="raise [limits] layer_bytes if this image is trusted",
             )
         over_floor = self.plain_bytes > self._limits.ratio_floor
         if over_floor and self.plain_bytes > self._limits.ratio * max(self.raw_bytes, 1):
             raise LimitExceeded(
                 f"layer expands {self.plain_bytes} bytes from {self.raw_bytes} "
                 f"(more than {self._limits.ratio}:1)",
-                remedy="raise the limit ratio if this image is trusted",
+                remedy="raise [limits] ratio if this image is trusted",
             )
 
     def _next_plain(self) -> bytes:
@@ -118,7 +118,7 @@ class LayerStream:
         if self._frames > self._limits.frames:
             raise LimitExceeded(
                 f"layer has more than {self._limits.frames} compressed frames",
-                remedy="raise the limit frames if this image is trusted",
+                remedy="raise [limits] frames if this image is trusted",
             )
 
     def _broken(self, what: str) -> Rejected:

@@ -133,7 +133,7 @@ def members(stream: LayerStream, limits: Limits) -> Iterator[Member]:
         if count > limits.entries:
             raise LimitExceeded(
                 f"layer has more than {limits.entries} entries",
-                remedy="raise the limit entries if this image is trusted",
+                remedy="raise [limits] entries if this image is trusted",
             )
         kind = _KINDS.get(raw.typeflag)
         if kind is None:
@@ -253,7 +253,7 @@ def _plain_member(
 def _too_large(path: bytes, position: int, size: int, limits: Limits) -> LimitExceeded:
     return LimitExceeded(
         f"member at byte {position} {shown(path)} has {size} bytes, over {limits.logical_bytes}",
-        remedy="raise the limit logical_bytes if this image is trusted",
+        remedy="raise [limits] logical_bytes if this image is trusted",
     )
 
 

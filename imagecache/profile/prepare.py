@@ -19,7 +19,7 @@ from imagecache.cache.image import ImageMap
 from imagecache.catalog import Catalog
 from imagecache.errors import CubecacheError, Rejected
 from imagecache.flatten.filetable import FileTable
-from imagecache.flatten.limits import Limits
+from imagecache.flatten.limits import STORED
 from imagecache.imageview import ImageView
 from imagecache.profile.builder import BootBuilder, Local
 from imagecache.profile.chunkreader import ChunkReader
@@ -104,7 +104,7 @@ def _loaded(
 
 
 def _table(raw_index: bytes) -> FileTable:
-    return FileTable.decode(LayerIndex.decode(raw_index).file_table, Limits())
+    return FileTable.decode(LayerIndex.decode(raw_index).file_table, STORED)
 
 
 async def program_of(catalog: Catalog, root: RootRecord) -> Program:

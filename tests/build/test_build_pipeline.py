@@ -20,6 +20,7 @@ from imagecache.build.progress import BuildResult
 from imagecache.build.workers import Worker
 from imagecache.composition import ImageRequest, build_image, opened_catalog
 from imagecache.errors import Busy, CubecacheError, LimitExceeded, NotFound, Rejected
+from imagecache.flatten.limits import Limits
 from imagecache.settings import BuildSection, Settings
 from imagecache.verify import Verifier
 
@@ -125,6 +126,16 @@ def test_named_images_of_other_repositories_give_their_chunks(tmp_path: Path) ->
     assert related.block_image == stranger.block_image
     assert related.stored_bytes * 10 < stranger.stored_bytes
     assert damaged(where) == (2, [])
+
+
+def test_limits_are_settings(tmp_path: Path) -> None:
+    """A limit stops a build by name, and a higher one lets it pass and be read."""
+    image = write_image(tmp_path / "a", [base_layer()])
+    where = settings(tmp_path)
+    with pytest.raises(LimitExceeded, match="entries") as refused:
+        build(dataclasses.replace(where, limits=Limits(entries=10)), image)
+    assert "[limits] entries" in (refused.value.remedy or "")
+    assert build(dataclasses.replace(where, limits=Limits(entries=100)), image).chunks
 
 
 def test_empty_image_and_repeated_layer(tmp_path: Path) -> None:
