@@ -121,7 +121,7 @@ class GuestLink:
     def forget(self, process: GuestProcess) -> None:
         """Frees what `execute` or `connect` gave; one that still runs is killed."""
         if not process.exited.done():
-            process.signal(9)
+            process.signal(9, group=True)
         if self.processes.get(process.id) is process:
             del self.processes[process.id]
         self._spoken.discard(process.id)

@@ -46,13 +46,15 @@ class Sender(Protocol):
 @dataclass(frozen=True, slots=True)
 class ProcessExit:
     """How a process ended: `code` as a shell would say it (128 + signal); `problem` is set when
-    it could not be started; `read_bytes` of its root disk.
+    it could not be started; `read_bytes` of its root disk; `out_of_memory` when the kernel ended
+    something of its container for want of memory.
     """
 
     code: int
     signal: int = 0
     problem: str = ""
     read_bytes: int = 0
+    out_of_memory: bool = False
 
 
 class OutputStream:
@@ -183,6 +185,7 @@ class GuestProcess:
                     signal=values.get(Key.SIGNAL, 0) & 0x7F,
                     problem=texts.get(Key.TEXT, "")[:1000],
                     read_bytes=values.get(Key.READ_BYTES, 0),
+                    out_of_memory=values.get(Key.OOM_KILLS, 0) > 0,
                 )
             )
             self.stdout.end()

@@ -8,6 +8,7 @@ complete when its name exists.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -17,11 +18,13 @@ from typing import Final
 from cube.guest.packages import Downloader, machine, unpack
 from imagecache.errors import NotFound, Unavailable, Unsupported
 
-LAYOUT: Final = 1  # raise it when the disk's contents change
+LAYOUT: Final = 2  # raise it when the disk's contents change
 _PROGRAM: Final = "s3fs"
 _DEADLINE_SECONDS: Final = 120
 # What a program loads when it runs: everything else of the packages stays behind.
 _KEPT: Final = ("bin", "sbin", "lib", "lib64", "usr/bin", "usr/sbin", "usr/lib", "usr/lib64", "etc")
+# Programs that packages name beside libraries (debconf, perl) have no part in a mount.
+_LIBRARY: Final = re.compile(r"lib(?!perl|pam|.*-perl$)|zlib1g$")
 _CERTIFICATES: Final = Path("/etc/ssl/certs/ca-certificates.crt")
 
 
@@ -45,7 +48,7 @@ def make_tools(cache: Path) -> Path:
     with tempfile.TemporaryDirectory(prefix="tools-", dir=cache) as name:
         work = Path(name)
         downloader = Downloader(work)
-        libraries = [part for part in downloader.closure(_PROGRAM) if part.startswith("lib")]
+        libraries = [part for part in downloader.closure(_PROGRAM) if _LIBRARY.match(part)]
         tree, root = work / "tree", work / "root"
         for package in downloader.fetch([_PROGRAM, *libraries]):
             unpack(package, tree)
@@ -62,6 +65,9 @@ def make_tools(cache: Path) -> Path:
         fresh = work / "tools.erofs"
         _make_image(root, fresh)
         fresh.replace(target)
+    for old in cache.glob("tools-*.erofs"):
+        if old != target:
+            old.unlink(missing_ok=True)
     return target
 
 
