@@ -8,11 +8,14 @@ import json
 import os
 import sys
 from collections.abc import AsyncGenerator
+from contextvars import ContextVar
 from typing import Any
 
 from imagecache.errors import CubecacheError, LimitExceeded, Rejected, Unavailable, from_record
 
 _EVENT_LIMIT = 1 << 20
+niceness: ContextVar[int] = ContextVar("niceness", default=0)
+"""How much worker processes give way to others; a daemon's give way to the reads it answers."""
 
 
 class Worker:
@@ -45,6 +48,9 @@ class Worker:
             limit=_EVENT_LIMIT,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )
+        if niceness.get():
+            with contextlib.suppress(OSError):  # ended already, which its first job will tell
+                os.setpriority(os.PRIO_PROCESS, self._process.pid, niceness.get())
         self._noise = asyncio.create_task(_tail(self._process.stderr))
 
     async def run(

@@ -12,7 +12,7 @@ from imagecache.daemon.bodies import Field, checked, decoded, query_values
 from imagecache.daemon.exports import LiveExport
 from imagecache.daemon.gate import MAX_BODY, Gate
 from imagecache.daemon.liveroutes import LiveRoutes
-from imagecache.daemon.metrics import exposition
+from imagecache.daemon.metrics import exposed
 from imagecache.daemon.naming import FACE, PLATFORM, requested
 from imagecache.daemon.openapi import document
 from imagecache.daemon.operations import Call, Operation, operation, operations_of
@@ -150,7 +150,7 @@ class Routes:
     @operation("GET", "/metrics", role=Role.READ, answers={200: "text/plain"})
     async def metrics(self, call: Call) -> web.Response:
         """Metrics in Prometheus' text format; for an owner, of its own exports and jobs only."""
-        text = exposition(self._service, self._watched, call.caller)
+        text = await exposed(self._service, self._watched, call.caller)
         return web.Response(text=text, content_type="text/plain")
 
     @operation("GET", "/v1/status", role=Role.READ, answers={200: "Status"})

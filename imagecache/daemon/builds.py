@@ -7,10 +7,12 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from imagecache.build.progress import BuildResult, Report
+from imagecache.build.workers import niceness
 from imagecache.errors import CubecacheError
 from imagecache.logcontext import about
 from preload.jobs import Job
 
+NICENESS = 10
 Build = Callable[[Job, Report], Awaitable[BuildResult]]
 
 
@@ -32,6 +34,7 @@ class Builds:
         """The build, counted, its log lines marked with the job."""
 
         async def counting(job: Job, report: Report) -> BuildResult:
+            niceness.set(NICENESS)
             with about(job=job.identity, owner=job.owner):
                 try:
                     result = await build(job, report)

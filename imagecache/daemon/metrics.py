@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
+import asyncio
 from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ from prometheus_client.core import (
     HistogramMetricFamily,
     Metric,
 )
+from prometheus_client.registry import Collector
 
 from imagecache.daemon.metricsreads import histogram, read_metrics
 from preload.jobs import JobState
@@ -88,14 +89,12 @@ _EXPORT = (
 
 class _Collector:
     def __init__(self, service: Service, watched: Watched | None, caller: Caller | None) -> None:
-        self._service = weakref.ref(service)
+        self._service = service
         self._watched = watched
         self._caller = caller
 
     def collect(self) -> Iterator[Metric]:
-        service = self._service()
-        if service is None:
-            return
+        service = self._service
         if self._caller is None or not self._caller.owner:
             yield from self._host(service)
         yield from self._jobs(service)
@@ -113,8 +112,16 @@ class _Collector:
         )
         yield _gauge("cubecache_ready", "1 once exports are served.", float(service.ready))
         failed = sum(export.failure is not None for export in service.exports())
-        yield _gauge("cubecache_exports", "Exports, failed ones too; high: nobody unexports what ended.", len(service.exports()))
-        yield _gauge("cubecache_exports_failed", "Exports that are not served; any: see their failure.", failed)
+        yield _gauge(
+            "cubecache_exports",
+            "Exports, failed ones too; high: nobody unexports what ended.",
+            len(service.exports()),
+        )
+        yield _gauge(
+            "cubecache_exports_failed",
+            "Exports that are not served; any: see their failure.",
+            failed,
+        )
         stats = service.arena.stats()
         for name, grows, field, text in _ARENA:
             make = _counter if grows else _gauge
@@ -231,8 +238,28 @@ def exposition(
     service: Service, watched: Watched | None = None, caller: Caller | None = None
 ) -> str:
     """The text format of all metrics; for a caller with an owner, of its exports and jobs only."""
+    return _text(list(_Collector(service, watched, caller).collect()), caller)
+
+
+async def exposed(service: Service, watched: Watched, caller: Caller) -> str:
+    """As `exposition`; the numbers are read at once, and made text beside the event loop."""
+    found = list(_Collector(service, watched, caller).collect())
+    return await asyncio.to_thread(_text, found, caller)
+
+
+class _Read(Collector):
+    """Metrics that have been read already."""
+
+    def __init__(self, found: list[Metric]) -> None:
+        self._found = found
+
+    def collect(self) -> list[Metric]:
+        return self._found
+
+
+def _text(found: list[Metric], caller: Caller | None) -> str:
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Collector(service, watched, caller))
+    registry.register(_Read(found))
     if caller is None or not caller.owner:
         ProcessCollector(registry=registry)
     return generate_latest(registry).decode()
