@@ -108,7 +108,7 @@ def host_config(layer: LayerBlob) -> bytes:
     layout = layer.path.parents[2]
     index = json.loads((layout / "index.json").read_bytes())
     manifest = layout / "blobs" / index["manifests"][0]["digest"].replace(":", "/")
-    config = json.loads(manifest.read_bytes())["config"]["digest"]
+    config: str = json.loads(manifest.read_bytes())["config"]["digest"]
     return (layout / "blobs" / config.replace(":", "/")).read_bytes()
 
 
