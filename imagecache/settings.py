@@ -56,8 +56,8 @@ __all__ = [
 
 _SIZE = re.compile(r"(\d+)\s*(B|KiB|MiB|GiB|TiB|)")
 _UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
-_DURATION = re.compile(r"(\d{1,9})([smhd]?)")
-_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+_DURATION = re.compile(r"(\d{1,9})\s*([smhdw]?)", re.ASCII)
+_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
 _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 MAX_CONFIG = 1 << 20
 FILLS = ("whole", "hot", "none")
@@ -264,10 +264,10 @@ def parse_size(value: object, name: str) -> int:
     return int(match[1]) * _UNITS[match[2]]
 
 
-def parse_duration(text: str, name: str) -> int:
-    """Seconds from "90", "15m", "12h" or "7d"; raises UsageError."""
-    match = _DURATION.fullmatch(text)
-    if match is None or not int(match[1]):
+def parse_duration(text: str, name: str, *, least: int = 1) -> int:
+    """Seconds from "90", "15m", "12h", "7d" or "2w", at least `least`; raises UsageError."""
+    match = _DURATION.fullmatch(text.strip())
+    if match is None or int(match[1]) * _SECONDS[match[2]] < least:
         raise UsageError(f"{name} = {text!r} is not a duration", remedy="write 90s, 15m, 12h or 7d")
     return int(match[1]) * _SECONDS[match[2]]
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,22 @@ from imagecache.composition import ImageRequest, build_image, opened_catalog
 from imagecache.errors import CubecacheError
 from imagecache.facechoice import FaceChoice
 from imagecache.leases.pins import pin as pin_image
+from imagecache.oci.throttle import Throttle
 from imagecache.session import Session, face_option, fill_option, json_option, platform_option
-from imagecache.settings import Settings, parse_duration
+from imagecache.settings import Settings, parse_duration, parse_size
 from imagecache.terminal import Terminal, size_text, table_text
-from preload.client import answers, connect
+from preload.client import absent, answers, connect
+from preload.fanout import MergedProgress, Order, preload_on, read_token
 from preload.jobcommands import jobs
 from preload.planning import Experience, look
 from preload.profiling import explain, prepare_here, profile
 from preload.upgrading import upgrade
+from preload.watching import watch
 
 
 def register(group: click.Group) -> None:
     """Adds this package's commands."""
-    for command in (preload, jobs, export, exports, unexport, profile, explain, upgrade):
+    for command in (preload, jobs, export, exports, unexport, profile, explain, upgrade, watch):
         group.add_command(command)
 
 
@@ -68,6 +71,25 @@ def show_job(terminal: Terminal, job: dict[str, Any]) -> None:
     help="A preloaded image whose chunks need not be stored again; repeatable.",
 )
 @click.option("--pin", metavar="TIME", help="Keep the images for so long, as in 12h or 7d.")
+@click.option("--limit-rate", metavar="SIZE", help="Download no more a second, as in 20MiB.")
+@click.option(
+    "--warm",
+    type=click.Choice(["whole", "hot"]),
+    help="Into the daemon's cache too: all of it, or what a start reads.",
+)
+@click.option(
+    "--on",
+    "hosts",
+    multiple=True,
+    metavar="URL",
+    help="By the daemon at https://HOST:PORT, on every one of them; repeatable.",
+)
+@click.option(
+    "--token-file",
+    type=click.Path(path_type=Path),
+    help="Holds the token for --on; default: CUBECACHE_TOKEN.",
+)
+@click.option("--ca-file", type=click.Path(path_type=Path), help="Certificates for --on.")
 @json_option
 @click.pass_obj
 def preload(
@@ -81,26 +103,34 @@ def preload(
     priority: int,
     related: tuple[str, ...],
     pin: str | None,
+    limit_rate: str | None,
+    warm: str | None,
+    hosts: tuple[str, ...],
+    token_file: Path | None,
+    ca_file: Path | None,
 ) -> None:
     """Pull, flatten and store images, so that they start at once later.
 
     An image that is there already costs one look-up; a layer that is there is neither pulled nor
     converted again. An interrupted preload resumes. Where a daemon runs on this state directory
-    it does the work, one image after the other; its jobs survive it.
+    it does the work; its jobs survive it. With --on, the daemons of other hosts do: each on its
+    own, and a host that fails is told without holding up the others.
     """
     requests = [ImageRequest.parse(image, platform, face, related) for image in images]
     if dry_run:
         asyncio.run(_plan(session, requests))
         return
-    order = _Order(requests, priority, parse_duration(pin, "--pin") if pin else 0)
+    order = Order(
+        requests,
+        priority=priority,
+        pin_seconds=parse_duration(pin, "--pin") if pin else 0,
+        limit_bytes_per_second=parse_size(limit_rate, "--limit-rate") if limit_rate else 0,
+        warm=warm,
+    )
+    if hosts:
+        asyncio.run(_preload_on(session, hosts, order, token_file, ca_file))
+        return
     asyncio.run(_detach(session, order) if detach else _preload(session, order))
-
-
-@dataclass(frozen=True, slots=True)
-class _Order:
-    requests: list[ImageRequest]
-    priority: int
-    pin_seconds: int
 
 
 async def _plan(session: Session, requests: list[ImageRequest]) -> None:
@@ -130,19 +160,17 @@ async def _plan(session: Session, requests: list[ImageRequest]) -> None:
         )
 
 
-async def _detach(session: Session, order: _Order) -> None:
+async def _detach(session: Session, order: Order) -> None:
     async with connect(session.settings, start=False) as client:
-        jobs = await client.submit(
-            order.requests, priority=order.priority, pin_seconds=order.pin_seconds
-        )
+        jobs = await order.submit(client)
     for job in jobs:
         session.terminal.answer(job, f"{job['id']}  {job['state']}  {job['image']}")
 
 
-async def _preload(session: Session, order: _Order) -> None:
+async def _preload(session: Session, order: Order) -> None:
     failures: list[CubecacheError] = []
     async with AsyncExitStack() as stack:
-        results = await _results(session, order, stack)
+        results = await preloads(session, order, stack)
         for request, result in zip(order.requests, results, strict=True):
             try:
                 answer = await result()
@@ -157,24 +185,24 @@ async def _preload(session: Session, order: _Order) -> None:
         raise failures[0]
 
 
-async def _results(
-    session: Session, order: _Order, stack: AsyncExitStack
+async def preloads(
+    session: Session, order: Order, stack: AsyncExitStack
 ) -> list[Callable[[], Awaitable[dict[str, Any]]]]:
     """One call per image that brings its result: by the daemon, or here where none runs."""
     if not await answers(session.settings):
+        if order.warm:
+            raise absent(session.settings.control_socket)  # there is no cache without it
         return [
-            partial(_here, session.settings, request, order.pin_seconds, session.terminal)
+            partial(_here, session.settings, request, order, session.terminal)
             for request in order.requests
         ]
     client = await stack.enter_async_context(connect(session.settings, start=False))
-    jobs = await client.submit(
-        order.requests, priority=order.priority, pin_seconds=order.pin_seconds
-    )
+    jobs = await order.submit(client)
     return [partial(client.wait, job, partial(show_job, session.terminal)) for job in jobs]
 
 
 async def _here(
-    settings: Settings, request: ImageRequest, pin_seconds: int, terminal: Terminal
+    settings: Settings, request: ImageRequest, order: Order, terminal: Terminal
 ) -> dict[str, Any]:
     def report(progress: Progress) -> None:
         label = f"{request.reference}: {progress.stage}"
@@ -183,13 +211,43 @@ async def _here(
         terminal.progress(label, progress.done_bytes, progress.total_bytes)
 
     async with opened_catalog(settings) as (opened, catalog):
-        built = (await build_image(settings, catalog, request, report)).as_json()
-        if pin_seconds:
+        everything = Throttle(lambda: settings.preload.bytes_per_second)
+        throttle = Throttle(lambda: order.limit_bytes_per_second, above=everything)
+        result = await build_image(settings, catalog, request, report, throttle=throttle)
+        built = result.as_json()
+        if order.pin_seconds:
             choice = FaceChoice.parse(request.face)
-            key = ImageKey(built["image"], choice.face, choice.options)
-            await pin_image(catalog, await catalog.find_root(key), request.reference, pin_seconds)
+            root = await catalog.find_root(ImageKey(built["image"], choice.face, choice.options))
+            await pin_image(catalog, root, request.reference, order.pin_seconds)
         await prepare_here(settings, opened, catalog, request)
         return built
+
+
+async def _preload_on(
+    session: Session,
+    hosts: tuple[str, ...],
+    order: Order,
+    token_file: Path | None,
+    ca_file: Path | None,
+) -> None:
+    def show(progress: MergedProgress) -> None:
+        session.terminal.progress(
+            f"{progress.ended} of {progress.jobs} done on {len(hosts)} hosts",
+            progress.done_bytes,
+            progress.total_bytes,
+        )
+
+    token = read_token(token_file) if token_file else os.environ.get("CUBECACHE_TOKEN")
+    outcomes = await preload_on(hosts, order, token=token, ca_file=ca_file, on_progress=show)
+    for outcome in outcomes:
+        error = outcome.error
+        ended = "done" if error is None else str(error)
+        session.terminal.answer(outcome.as_json(), f"{outcome.host}  {outcome.image}  {ended}")
+    failed = [outcome for outcome in outcomes if outcome.error is not None]
+    if failed and failed[0].error is not None:
+        count = f"{len(failed)} of {len(outcomes)} preloads failed"
+        session.terminal.note(f"cubecache: {count}")
+        raise failed[0].error
 
 
 def _summary(result: dict[str, Any]) -> str:

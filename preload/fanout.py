@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from imagecache.composition import ImageRequest
-from imagecache.errors import CubecacheError, UsageError, as_record
+from imagecache.errors import CubecacheError, Denied, UsageError, as_record
 from preload.client import Client, connect_url
 
 MAX_HOSTS = 256
@@ -84,6 +84,15 @@ class Order:
             limit_bytes_per_second=self.limit_bytes_per_second,
             warm=self.warm,
         )
+
+
+def read_token(path: Path) -> str:
+    """The token in a file; Denied. Blocking."""
+    try:
+        with path.open() as file:
+            return file.read(4096).strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise Denied(f"token file {path} cannot be read: {error}") from error
 
 
 async def preload_on(

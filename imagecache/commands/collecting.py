@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from typing import Any
 
@@ -20,19 +19,10 @@ from imagecache.leases.clock import StoreClock
 from imagecache.leases.pins import pin as pin_image
 from imagecache.leases.pins import pins, unpin
 from imagecache.session import Session, face_option, json_option
+from imagecache.settings import parse_duration
 from imagecache.terminal import size_text, table_text
 
-_DURATION = re.compile(r"(\d+)\s*([smhdw]?)")
-_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
 SHOWN = 40
-
-
-def parse_duration(text: str) -> int:
-    """Seconds from "90", "15m", "24h", "7d"; raises UsageError."""
-    match = _DURATION.fullmatch(text.strip())
-    if match is None:
-        raise UsageError(f"{text!r} is not a duration", remedy="write 90s, 15m, 24h or 7d")
-    return int(match[1]) * _UNITS[match[2]]
 
 
 @click.command(
@@ -54,7 +44,10 @@ def gc(session: Session, *, dry_run: bool, grace: str, min_age: str, yes_delete_
     about once a day. What is dropped today is gone after some four graces.
     """
     wishes = Wishes(
-        Policy(min_age=parse_duration(min_age), grace=parse_duration(grace)),
+        Policy(
+            min_age=parse_duration(min_age, "--min-age", least=0),
+            grace=parse_duration(grace, "--grace", least=0),
+        ),
         dry_run=dry_run,
         delete_many=yes_delete_many,
     )
@@ -111,7 +104,7 @@ def pin(
     if image is None:
         raise UsageError("pin needs an image", remedy="cubecache pin IMAGE, or --list")
     wanted = image
-    seconds = parse_duration(ttl)
+    seconds = parse_duration(ttl, "--ttl")
 
     async def change() -> dict[str, Any]:
         async with opened_catalog(session.settings) as (_, catalog):

@@ -82,6 +82,11 @@ class ArchiveReference:
 Reference: TypeAlias = RegistryReference | LayoutReference | ArchiveReference
 
 
+def is_tag(text: str) -> bool:
+    """Whether a text may stand where a tag does."""
+    return _TAG.match(text) is not None
+
+
 def parse_reference(text: str, *, base: Path | None = None) -> Reference:
     """Parse `HOST/REPO[:TAG][@DIGEST]`, `oci:DIR[:TAG]` or `docker-archive:FILE[:NAME]`.
 

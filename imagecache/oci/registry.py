@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -26,13 +27,17 @@ from imagecache.oci.download import Ask, BlobDownload, Progress, wait_seconds
 from imagecache.oci.origin import registry_origin
 from imagecache.oci.partial import PartialBlob
 from imagecache.oci.platform import Platform
-from imagecache.oci.reference import RegistryReference
+from imagecache.oci.reference import RegistryReference, is_tag
 from imagecache.oci.resolution import Received, ResolvedImage, resolve_top
 from imagecache.oci.settings import RegistrySettings
+from imagecache.oci.strictjson import parse_object
 from imagecache.oci.tokens import Authorization, read_capped
 from imagecache.oci.transport import Reply, Retryable, Transport, check_status
 
 _log = logging.getLogger(__name__)
+_TAGS_PER_PAGE = 1000
+_TAG_PAGES = 100
+_NEXT_PAGE = re.compile(r"<[^<>?]{0,2000}\?([!-;=?-~]{1,2000})>\s*;\s*rel=\"?next")
 _TOKEN_ATTEMPTS = 2
 _WORKERS = 4
 
@@ -69,6 +74,29 @@ class RegistrySource:
         name = self._reference.canonical
         received = await self._top(f"manifest of {name}")
         return await resolve_top(self, received, name=name, wanted=platform, limits=self._limits)
+
+    async def tags(self) -> list[str]:
+        """The repository's tags, as the registry orders them; LimitExceeded over 100,000.
+
+        Source: the distribution specification, content discovery. What is no tag is left out.
+        """
+        what = f"tags of {self._reference.host}/{self._reference.repository}"
+        base = f"/v2/{self._reference.repository}/tags/list"
+        found: dict[str, None] = {}
+        query = f"n={_TAGS_PER_PAGE}"
+        for _ in range(_TAG_PAGES):
+            raw, headers = await self._read_small(
+                f"{base}?{query}", "application/json", self._limits.manifest_bytes, what
+            )
+            listed = parse_object(raw, limit=self._limits.manifest_bytes, what=what).get("tags")
+            names = listed if isinstance(listed, list) else []
+            found |= dict.fromkeys(x for x in names if isinstance(x, str) and is_tag(x))
+            # Only the query of the next page's link: nobody sends us to another place.
+            link = _NEXT_PAGE.search(headers.get("Link", ""))
+            if link is None:
+                return list(found)
+            query = link[1]
+        raise LimitExceeded(f"{what} have more than {_TAG_PAGES} pages")
 
     async def read_manifest(self, descriptor: Descriptor) -> Received:
         """Part of `ManifestReader`: a child manifest, by digest."""
