@@ -36,20 +36,20 @@ class Reply:
 
 
 class RawClient:
-    """A blocking client with a 15 s limit on every socket call."""
+    """A blocking client with a limit of 60 s on every socket call."""
 
     def __init__(self, where: Path | socket.socket) -> None:
         if isinstance(where, socket.socket):
             self.sock = where
         else:
             self.sock = socket.socket(socket.AF_UNIX)
-            self.sock.settimeout(15)
+            self.sock.settimeout(60)
             try:
                 self.sock.connect(str(where))
             except OSError:
                 self.sock.close()
                 raise
-        self.sock.settimeout(15)
+        self.sock.settimeout(60)
         self.extended = self.structured = False
         self.size = self.flags = 0
         self.reads: dict[bytes, int] = {}

@@ -42,8 +42,9 @@ class Server:
 async def started() -> Server:
     SOCKET.unlink(missing_ok=True)
     server = Server()
+    end = time.monotonic() + 120
     while not SOCKET.exists():
-        assert server.process.poll() is None, "the server did not start"
+        assert server.process.poll() is None and time.monotonic() < end, "the server did not start"
         await asyncio.sleep(0.05)
     return server
 

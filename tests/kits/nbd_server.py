@@ -151,21 +151,21 @@ class ServerThread:
 
     def __enter__(self) -> "ServerThread":
         self._thread.start()
-        assert self._started.wait(10)
+        assert self._started.wait(60)
         if self._failure:
             raise self._failure
         return self
 
     def __exit__(self, *_: object) -> None:
         self.loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(20)
+        self._thread.join(60)
         assert not self._thread.is_alive()
         if self._failure:
             raise self._failure
 
     def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on the server's loop and wait for it."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(20)
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(60)
 
     def do(self, function: Callable[[], T]) -> T:
         """Call a function on the server's loop and wait for it."""

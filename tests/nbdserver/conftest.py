@@ -1,5 +1,6 @@
 """Fixtures of the nbdserver tests: a server over a memory device, and raw clients of it."""
 
+import faulthandler
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -7,6 +8,18 @@ from pathlib import Path
 import pytest
 from kits.nbd_client import RawClient
 from kits.nbd_server import MemoryDevice, ServerThread
+
+# Beyond what any test takes on a machine ten times slower.
+DEADLINE, SOAK_DEADLINE = 1300, 4000
+
+
+@pytest.fixture(autouse=True)
+def no_test_for_ever(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Ends the whole process, with its stacks, where even a library's call in C does not return."""
+    soak = request.node.get_closest_marker("soak") is not None
+    faulthandler.dump_traceback_later(SOAK_DEADLINE if soak else DEADLINE, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kits.nbd_client import READ, RawClient
 from kits.nbd_server import MemoryDevice, ServerThread, pattern
+from kits.until import until
 
 from nbdserver import attach, netlink
 from nbdserver.netlink import NbdAttribute, NbdCommand, NetlinkError
@@ -218,8 +219,7 @@ async def test_attach_and_reconnect(tmp_path, monkeypatch):
     await asyncio.sleep(0.05)
     assert len(kernel.calls) == 1
     with ServerThread(tmp_path / "s", disk):
-        while len(kernel.calls) < 2:
-            await asyncio.sleep(0.02)
+        await until(lambda: len(kernel.calls) >= 2, "the second connection")
         assert kernel.calls[1] == (5, "t/1")
         kernel.fds[-1].settimeout(10)
         with RawClient(kernel.fds[-1]) as client:

@@ -136,7 +136,7 @@ def launch(*arguments, **options):
 
 
 def connect(path, process):
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 60
     while True:
         assert process.poll() is None and time.monotonic() < deadline
         try:
@@ -154,7 +154,7 @@ def image(tmp_path):
 
 def stop(process):
     process.send_signal(signal.SIGTERM)
-    assert process.wait(15) == 0
+    assert process.wait(60) == 0
 
 
 def test_serve_a_directory(tmp_path, image):
@@ -204,7 +204,7 @@ def test_stdin_and_stdout(image):
         out.write(request + (300_000).to_bytes(4, "big"))
         assert into.read(16) == b"\x67\x44\x66\x98\0\0\0\0cookies!"
         assert into.read(300_000) == pattern(4096, 300_000)
-    assert process.wait(15) == 0
+    assert process.wait(60) == 0
 
 
 def test_socket_activation(tmp_path, image):

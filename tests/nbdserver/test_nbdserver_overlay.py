@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import ExitStack
 
@@ -381,6 +382,9 @@ def test_killed_at_random(tmp_path, rounds):
                 subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE)
             )
             stack.callback(process.kill)
+            hung = threading.Timer(90, process.kill)
+            stack.callback(hung.cancel)
+            hung.start()
             assert process.stdout.readline() == b"ready\n"
             client = stack.enter_context(RawClient(tmp_path / "s"))
             client.greet().go()
