@@ -69,7 +69,7 @@ def run(session: Session, *, file: Path, no_wait: bool, timeout: float) -> int:
     return 0 if good else _TROUBLE
 
 
-@pod.command("list")
+@pod.command("list", epilog="\b\nExamples:\n  cubecache pod list\n  cubecache pod list --orphans")
 @click.option("--orphans", is_flag=True, help="What looks like a pod's and belongs to none.")
 @json_option
 @click.pass_obj
@@ -87,7 +87,7 @@ def list_(session: Session, *, orphans: bool) -> None:
     session.terminal.answer({"pods": [one.model_dump() for one in pods]}, table_text(rows_))
 
 
-@pod.command()
+@pod.command(epilog="\b\nExamples:\n  cubecache pod get web")
 @click.argument("name")
 @json_option
 @click.pass_obj
@@ -97,7 +97,7 @@ def get(session: Session, *, name: str) -> None:
     session.terminal.answer(status.model_dump(), _described(status))
 
 
-@pod.command()
+@pod.command(epilog="\b\nExamples:\n  cubecache pod stats web")
 @click.argument("name")
 @json_option
 @click.pass_obj
@@ -107,7 +107,7 @@ def stats(session: Session, *, name: str) -> None:
     session.terminal.answer(answer, json.dumps(answer, indent=2))
 
 
-@pod.command()
+@pod.command(epilog="\b\nExamples:\n  cubecache pod watch\n  cubecache pod watch web")
 @click.argument("name", required=False)
 @click.pass_obj
 def watch(session: Session, *, name: str | None) -> None:
@@ -121,7 +121,7 @@ def watch(session: Session, *, name: str | None) -> None:
     answer_of(session, work)
 
 
-@pod.command()
+@pod.command(epilog="\b\nExamples:\n  cubecache pod logs web")
 @click.argument("name")
 @click.option("-c", "--container", metavar="NAME")
 @click.option("-f", "--follow", is_flag=True, help="Wait for more, until the pod is over.")
@@ -189,7 +189,10 @@ def exec_(
     return answer_of(session, work)
 
 
-@pod.command()
+@pod.command(
+    epilog="\b\nExamples:\n  cubecache pod cp ./conf web:/etc/conf\n"
+    "  cubecache pod cp web:/var/log ./log"
+)
 @click.argument("source")
 @click.argument("target")
 @click.option("-c", "--container", metavar="NAME")
@@ -199,7 +202,7 @@ def cp(session: Session, *, source: str, target: str, container: str | None) -> 
     answer_of(session, lambda cube: copy_files(cube, source, target, container=container))
 
 
-@pod.command("port-forward")
+@pod.command("port-forward", epilog="\b\nExamples:\n  cubecache pod port-forward web 8080:80")
 @click.argument("name")
 @click.argument("ports", nargs=-1, required=True, metavar="[LOCAL:]PORT...")
 @click.option("--address", default="127.0.0.1", show_default=True)
@@ -213,7 +216,7 @@ def port_forward(session: Session, *, name: str, ports: tuple[str, ...], address
     answer_of(session, lambda cube: forward_ports(cube, name, ports, address, say))
 
 
-@pod.command()
+@pod.command(epilog="\b\nExamples:\n  cubecache pod stop web")
 @click.argument("name")
 @click.option("--grace", type=click.FloatRange(min=0, max=86400), metavar="SECONDS")
 @json_option
@@ -224,7 +227,7 @@ def stop(session: Session, *, name: str, grace: float | None) -> None:
     session.terminal.answer(status.model_dump(), f"{name} is stopped")
 
 
-@pod.command()
+@pod.command(epilog="\b\nExamples:\n  cubecache pod delete web batch")
 @click.argument("names", nargs=-1, required=True)
 @click.option("--grace", type=click.FloatRange(min=0, max=86400), metavar="SECONDS")
 @json_option
