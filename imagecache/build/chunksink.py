@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,8 +20,12 @@ from imagecache.build.known import KnownChunks
 from imagecache.build.reuse import LEAST_RUN_BYTES, ReuseRuns
 from imagecache.chunks import BLOCK, chunk_digest
 from imagecache.chunks.codec import DEFAULT_LEVEL, ChunkEncoder
-from imagecache.packs.pack import PackWriter
+from imagecache.packs.pack import TARGET_BYTES, PackWriter
 
+LEAST_ROOM_BYTES = 8 * TARGET_BYTES
+"""Free disk below which a pack is begun only when those before it have been stored."""
+
+_PAUSE_SECONDS = 0.2
 IN_FLIGHT = 32
 """Chunks between submission and the pack: 8 MiB of plaintext at the most."""
 
@@ -129,6 +135,7 @@ class ChunkSink:
 
     def _store(self, chunk: _Hashed) -> None:
         if self._writer is None or self._file is None:
+            self._wait_for_room()
             self._writer = PackWriter(self._pack_key)
             self._file = (self._directory / f"pack-{len(self._pack_names):05d}").open("wb")
             self._file.write(self._writer.start())
@@ -149,6 +156,15 @@ class ChunkSink:
         self.stored_bytes += len(chunk.stored)
         if self._writer.is_full():
             self._close_pack()
+
+    def _wait_for_room(self) -> None:
+        """Lets uploads free the disk where it is nearly full; the job's deadline bounds the wait.
+
+        Where none is waiting, the disk's end is the next write's own error.
+        """
+        beside = self._directory.parent
+        while shutil.disk_usage(beside).free < LEAST_ROOM_BYTES and any(beside.glob("*/pack-*")):
+            time.sleep(_PAUSE_SECONDS)
 
     def _close_pack(self) -> None:
         if self._writer is None or self._file is None:

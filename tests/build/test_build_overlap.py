@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,10 @@ from imagemaker.entries import Entry, write_tar
 from kits.image import write_image
 
 from imagecache.blockimage.manifest import Face
+from imagecache.build.chunksink import LEAST_ROOM_BYTES, ChunkSink, FinishedPack
 from imagecache.build.growing import GrowingBlob, open_blob
 from imagecache.build.hashing import ThreadedHash
+from imagecache.build.known import KnownChunks
 from imagecache.build.pipeline import Builder, BuildSettings
 from imagecache.build.progress import BuildResult
 from imagecache.build.spool import Spool
@@ -180,3 +183,29 @@ def test_worker_stays_for_the_next_job_and_goes_with_a_failed_one(tmp_path: Path
     first = pids[0]
     assert pids.count(first) >= 4  # a pack and an end, twice
     assert len(set(pids)) == 3
+
+
+def test_packs_wait_for_uploads_while_the_disk_is_nearly_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slow store does not fill the disk with packs: the next one waits for the last."""
+    (tmp_path / "before").mkdir()
+    (tmp_path / "now").mkdir()
+    waiting = tmp_path / "before" / "pack-00000"
+    waiting.write_bytes(b"")
+    looks = 0
+
+    def usage(_: object) -> SimpleNamespace:
+        nonlocal looks
+        looks += 1
+        if looks == 3:
+            waiting.unlink()  # stored by now
+        return SimpleNamespace(free=LEAST_ROOM_BYTES - 1)
+
+    monkeypatch.setattr("imagecache.build.chunksink.shutil.disk_usage", usage)
+    done: list[FinishedPack] = []
+    sink = ChunkSink(tmp_path / "now", KnownChunks(), done.append)
+    sink.submit(bytes(range(256)) * 16)
+    sink.finish()
+    assert looks == 3
+    assert [pack.path.parent.name for pack in done] == ["now"]

@@ -15,11 +15,13 @@ from kits.image import write_image
 from testbed.processes import Stage
 
 from imagecache.composition import ImageRequest, opened_catalog
+from imagecache.daemon.serve import serve
 from imagecache.daemon.service import ExportRequest, Service
 from imagecache.errors import Denied
 from imagecache.profile.prepare import load_image
 from imagecache.sections import EncryptionSection
 from imagecache.settings import CacheSection, Settings
+from preload.client import connect
 from preload.jobs import Job, JobState
 
 SECONDS = 100
@@ -179,6 +181,34 @@ async def test_spool_is_given_up_with_the_last_export(service: Service, fresh: s
     assert len(service.packs) > 0
     await service.unexport(export.record.name, force=True)
     assert len(service.packs) == 0
+
+
+async def test_client_exports_ahead_and_waits_for_the_store_at_the_end(
+    where: Settings, fresh: str
+) -> None:
+    """What `export`, `run` and `mount` do; before `run` ends its own daemon, it waits."""
+    announced: list[Service] = []
+    task = asyncio.create_task(serve(where, announced.append))
+    try:
+        async with asyncio.timeout(SECONDS):
+            while not announced:
+                await asyncio.sleep(0.01)
+            held = HeldStore(announced[0].catalog.store)
+            announced[0].catalog.store = held
+            async with connect(where, start=False) as client:
+                handle = await client.export(fresh)
+                assert handle.fields["stored"] is False
+                assert len(await read(handle.uri, 0, 4096)) == 4096
+                settling = asyncio.create_task(client.settle())
+                await asyncio.sleep(0.2)
+                assert not settling.done()
+                held.may_go.set()
+                await settling
+                (export,) = await client.exports()
+                assert export["stored"] is True
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 SERVE_HELD = """
