@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import signal
@@ -11,8 +12,11 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from imagemaker.entries import Entry
+from kits.image import write_image
 from openapi_spec_validator import validate
 
 from imagecache.daemon.api import application, declared_operations
@@ -88,6 +92,7 @@ def daemon_over_tcp(folder: Path) -> Iterator[tuple[str, str]]:
         "CUBECACHE_STATE_DIR": str(folder / "state"),
         "CUBECACHE_API_TCP": f"127.0.0.1:{port}",
         "CUBECACHE_API_TOKENS": str(folder / "tokens"),
+        "CUBECACHE_API_PRIVATE_IMAGES": "true",
     }
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen([BIN / "cubecache", "serve"], env=environment, stderr=log)
@@ -105,6 +110,28 @@ def daemon_over_tcp(folder: Path) -> Iterator[tuple[str, str]]:
         process.wait(30)
 
 
+def furnished(url: str, token: str, folder: Path) -> tuple[str, str, str]:
+    """An image, preloaded and exported: the export's name, the manifest's digest, the job's id."""
+    image = write_image(folder, [[Entry("file", content=b"x" * 9000)]])
+
+    def call(method: str, path: str, body: object = None) -> Any:
+        request = urllib.request.Request(url + path, method=method)
+        request.add_header("Authorization", f"Bearer {token}")
+        if body is not None:
+            request.data = json.dumps(body).encode()
+            request.add_header("Content-Type", "application/json")
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)
+
+    (job,) = call("POST", "/v1/preloads", {"images": [image]})["preloads"]
+    deadline = time.monotonic() + 120
+    while job["state"] in ("queued", "running"):
+        assert time.monotonic() < deadline, job
+        job = call("GET", f"/v1/preloads/{job['id']}?wait=5&since={job['version']}")
+    export = call("POST", "/v1/exports", {"image": image})
+    return export["name"], job["result"]["image"], job["id"]
+
+
 @pytest.mark.parametrize("examples", [pytest.param(5), pytest.param(300, marks=pytest.mark.soak)])
 def test_generated_requests_get_documented_answers(tmp_path: Path, examples: int) -> None:
     """I1-I3: what schemathesis makes of the document; every answer is one that it describes.
@@ -116,10 +143,16 @@ def test_generated_requests_get_documented_answers(tmp_path: Path, examples: int
     """
     # 503 is the documented answer where a registry cannot be asked; 500 never is.
     statuses = '["2xx", "4xx", "503"]'
-    (tmp_path / "schemathesis.toml").write_text(
-        f"[checks.not_a_server_error]\nexpected-statuses = {statuses}\n"
-    )
     with daemon_over_tcp(tmp_path) as (url, token):
+        name, digest, job = furnished(url, token, tmp_path / "image")
+        # What is there is asked for, and the export is not ended by whoever comes first.
+        (tmp_path / "schemathesis.toml").write_text(
+            f"[checks.not_a_server_error]\nexpected-statuses = {statuses}\n"
+            f'[parameters]\n"path.name" = "{name}"\n"path.image" = "{digest}"\n'
+            f'"path.id" = "{job}"\n'
+            '[[operations]]\ninclude-name = "DELETE /v1/exports/{name}"\n'
+            'parameters = { "path.name" = "absent" }\n'
+        )
         outcome = subprocess.run(
             [
                 BIN / "schemathesis",
@@ -131,6 +164,7 @@ def test_generated_requests_get_documented_answers(tmp_path: Path, examples: int
                 "--seed=1",
                 "--checks=all",
                 "--exclude-checks=unsupported_method,positive_data_acceptance",
+                "--max-response-time=60",
                 "--phases=examples,coverage,fuzzing",
                 "--exclude-path=/v1/upgrade",
                 "--exclude-path=/v1/events",
