@@ -19,9 +19,10 @@ from typing import Any, Final
 import aiohttp
 
 from cube.keeper.logfile import LogLine, LogQuery, read_log
+from cube.keeper.sets import SetStatus
 from cube.keeper.status import PodStatus
 from cube.pod.manifests import Manifests, parse_manifests
-from cube.pod.model import Pod
+from cube.pod.model import Pod, PodSet
 from cube.pod.volumes import Policy
 from cube.podsession import PodSession
 from imagecache.errors import CubecacheError, NotFound, Rejected, Unavailable, from_record
@@ -153,6 +154,34 @@ class Cube:
         """Ends a pod and forgets it; returns when its machine is gone."""
         path = f"/v1/pods/{key}{_grace(grace_seconds)}"
         return _status(await self._call("DELETE", path, seconds=None))
+
+    # --- sets
+
+    async def apply_set(self, wanted: PodSet) -> SetStatus:
+        """Makes a set be as it says, and returns at once; its pods follow."""
+        await self.ensure_keeper()
+        return _set(await self._call("POST", "/v1/sets", wanted.model_dump_json()))
+
+    async def wait_set(self, key: str, *, seconds: float = READY_SECONDS) -> SetStatus:
+        """The set's status once all its pods are ready and none is old, or when the time is up."""
+        deadline = time.monotonic() + seconds
+        while True:
+            left = max(min(_WAIT_SECONDS, deadline - time.monotonic()), 0.001)
+            status = _set(await self._call("GET", f"/v1/sets/{key}?wait={left}"))
+            if status.settled or time.monotonic() >= deadline:
+                return status
+
+    async def sets(self) -> Sequence[SetStatus]:
+        """All sets."""
+        answer = await self._call("GET", "/v1/sets")
+        return [_set(one) for one in answer["sets"]]
+
+    async def delete_set(self, key: str, *, grace_seconds: float | None = None) -> SetStatus:
+        """Forgets a set and deletes its pods; returns when their machines are gone."""
+        path = f"/v1/sets/{key}{_grace(grace_seconds)}"
+        return _set(await self._call("DELETE", path, seconds=None))
+
+    # --- looking inside
 
     async def stats(self, key: str) -> dict[str, Any]:
         """What a pod's machine and containers use now."""
@@ -366,6 +395,10 @@ def _read(path: Path | str) -> bytes:
 
 def _status(answer: Any) -> PodStatus:
     return PodStatus.model_validate(answer)
+
+
+def _set(answer: Any) -> SetStatus:
+    return SetStatus.model_validate(answer)
 
 
 def _grace(seconds: float | None) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from cube.keeper.logfile import LogQuery
+from cube.keeper.sets import SetStatus
 from cube.keeper.status import PodStatus
 from cube.orchestrator import READY_SECONDS, Cube
 from cube.podstreams import copy_files, forward_ports, run_program
@@ -52,34 +53,44 @@ def run(session: Session, *, file: Path, no_wait: bool, timeout: float) -> int:
     (`cubecache serve`, the keeper) is started and left running.
     """
 
-    async def work(cube: Cube) -> list[PodStatus]:
+    async def work(cube: Cube) -> tuple[list[PodStatus], list[SetStatus]]:
         found = await cube.read(file)
         for note in found.notes:
             session.terminal.note(f"cubecache: {note}")
-        statuses = [await cube.apply(one) for one in found.pods]
-        if no_wait:
-            return statuses
-        keys = [status.key for status in statuses]
-        return [*await asyncio.gather(*(cube.wait(key, seconds=timeout) for key in keys))]
+        pods = [await cube.apply(one) for one in found.pods]
+        sets = [await cube.apply_set(one) for one in found.sets]
+        if not no_wait:
+            waits = [cube.wait(one.key, seconds=timeout) for one in pods]
+            set_waits = [cube.wait_set(one.key, seconds=timeout) for one in sets]
+            pods, sets = await asyncio.gather(asyncio.gather(*waits), asyncio.gather(*set_waits))
+        return pods, sets
 
-    statuses = answer_of(session, work)
-    answer = {"pods": [status.model_dump() for status in statuses]}
-    session.terminal.answer(answer, "\n".join(_line(status) for status in statuses))
-    good = all(no_wait or one.ready or one.phase == "Succeeded" for one in statuses)
-    return 0 if good else _TROUBLE
+    pods, sets = answer_of(session, work)
+    answer = {name: [one.model_dump() for one in group] for name, group in _named(pods, sets)}
+    lines = [*map(_line, pods), *map(_set_line, sets)]
+    session.terminal.answer(answer, "\n".join(lines))
+    good = all(one.ready or one.phase == "Succeeded" for one in pods)
+    return 0 if no_wait or (good and all(one.settled for one in sets)) else _TROUBLE
 
 
 @pod.command("list", epilog="\b\nExamples:\n  cubecache pod list\n  cubecache pod list --orphans")
 @click.option("--orphans", is_flag=True, help="What looks like a pod's and belongs to none.")
+@click.option("--sets", is_flag=True, help="The sets instead of the pods.")
 @json_option
 @click.pass_obj
-def list_(session: Session, *, orphans: bool) -> None:
+def list_(session: Session, *, orphans: bool, sets: bool) -> None:
     """List pods."""
+    if sets:
+        known = answer_of(session, lambda cube: cube.sets())
+        rows = [("NAME", "READY", "CURRENT", "WANTED")]
+        rows += [(o.key, str(o.ready), str(o.current), str(o.replicas)) for o in known]
+        session.terminal.answer({"sets": [one.model_dump() for one in known]}, table_text(rows))
+        return
     if orphans:
         found = answer_of(session, lambda cube: cube.orphans())
-        rows = [("KIND", "NAME", "POD")]
-        rows += [(one["kind"], one["name"], one["pod"]) for one in found]
-        session.terminal.answer({"orphans": found}, table_text(rows))
+        left = [("KIND", "NAME", "POD")]
+        left += [(one["kind"], one["name"], one["pod"]) for one in found]
+        session.terminal.answer({"orphans": found}, table_text(left))
         return
     pods = answer_of(session, lambda cube: cube.list())
     rows_: list[tuple[str, ...]] = [("NAME", "READY", "STATE", "RESTARTS", "AGE")]
@@ -233,15 +244,32 @@ def stop(session: Session, *, name: str, grace: float | None) -> None:
 @json_option
 @click.pass_obj
 def delete(session: Session, *, names: tuple[str, ...], grace: float | None) -> None:
-    """End pods and forget them; returns when their machines are gone."""
+    """End pods, or sets with their pods, and forget them; returns when their machines are gone."""
 
-    async def work(cube: Cube) -> list[PodStatus]:
-        ends: list[Awaitable[PodStatus]] = [cube.delete(one, grace_seconds=grace) for one in names]
-        return [*await asyncio.gather(*ends)]
+    async def end(cube: Cube, name: str) -> PodStatus | SetStatus:
+        if any(one.key == name for one in await cube.sets()):
+            return await cube.delete_set(name, grace_seconds=grace)
+        return await cube.delete(name, grace_seconds=grace)
+
+    async def work(cube: Cube) -> list[PodStatus | SetStatus]:
+        return [*await asyncio.gather(*(end(cube, name) for name in names))]
 
     gone = answer_of(session, work)
-    answer = {"pods": [status.model_dump() for status in gone]}
+    pods = [one for one in gone if isinstance(one, PodStatus)]
+    sets = [one for one in gone if isinstance(one, SetStatus)]
+    answer = {name: [one.model_dump() for one in group] for name, group in _named(pods, sets)}
     session.terminal.answer(answer, "\n".join(f"{status.key} is deleted" for status in gone))
+
+
+def _named(
+    pods: Sequence[PodStatus], sets: Sequence[SetStatus]
+) -> tuple[tuple[str, Sequence[PodStatus | SetStatus]], ...]:
+    """The groups of an answer; sets only where there are some."""
+    return (("pods", pods), ("sets", sets)) if sets else (("pods", pods),)
+
+
+def _set_line(status: SetStatus) -> str:
+    return f"{status.key} has {status.ready} of {status.replicas} pods ready"
 
 
 def table_text(rows: Sequence[tuple[str, ...]]) -> str:

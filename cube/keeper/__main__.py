@@ -17,6 +17,7 @@ from aiohttp import web
 from cube.guest.assets import default_cache
 from cube.keeper.keeper import Keeper
 from cube.keeper.server import make_application
+from cube.keeper.setkeeping import SetKeeper
 from imagecache.errors import Busy, CubecacheError, Denied, UsageError, exit_code
 from imagecache.session import Session, Settings
 
@@ -50,20 +51,23 @@ async def _keep(settings: Settings) -> None:
         )
     descriptor = _lock(state)
     keeper = Keeper(settings, default_cache(os.environ))
+    sets = SetKeeper(keeper)
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     runner = web.AppRunner(
-        make_application(keeper), access_log=None, shutdown_timeout=_SHUTDOWN_SECONDS
+        make_application(keeper, sets), access_log=None, shutdown_timeout=_SHUTDOWN_SECONDS
     )
     try:
         await keeper.open()
+        await sets.open()
         await runner.setup()
         await web.SockSite(runner, _listen(state / SOCKET_NAME)).start()
         logging.getLogger("cube.keeper").info("keeping the pods of %s", state)
         await stopping.wait()
     finally:
         await runner.cleanup()
+        await sets.close()
         await keeper.close()
         (state / SOCKET_NAME).unlink(missing_ok=True)
         os.close(descriptor)

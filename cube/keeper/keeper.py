@@ -275,6 +275,12 @@ class Keeper:
                         await self._news.wait()
         return self.get(key).status
 
+    async def next_change(self, seconds: float) -> None:
+        """Returns at the next change of any pod, or when the time is up."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(seconds, 0)), self._news:
+                await self._news.wait()
+
     async def _flush(self) -> None:
         """Writes what has changed, until nothing has; one at a time."""
         try:
@@ -303,6 +309,10 @@ class Keeper:
     async def _tell(self) -> None:
         async with self._news:
             self._news.notify_all()
+
+    async def with_record(self, work: Callable[[Record], T]) -> T:
+        """Runs blocking work on the record, in its thread."""
+        return await self._in_writer(functools.partial(work, self._record))
 
     async def _in_writer(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._writer, work)

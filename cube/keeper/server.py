@@ -22,8 +22,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from cube.channel.messages import ExecSpec
 from cube.keeper.keeper import Keeper
 from cube.keeper.podlife import PodLife
+from cube.keeper.setkeeping import SetKeeper
 from cube.link import GuestLink, GuestProcess, OutputStream
-from cube.pod.model import Pod
+from cube.pod.model import Pod, PodSet
 from imagecache.errors import (
     Busy,
     CubecacheError,
@@ -49,6 +50,7 @@ _STATUSES: Final = (
     (CubecacheError, 500),
 )
 _KEY: Final = web.AppKey("keeper", Keeper)
+_SETS: Final = web.AppKey("sets", SetKeeper)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -68,16 +70,21 @@ class ExecRequest(BaseModel):
     columns: int = 80
 
 
-def make_application(keeper: Keeper) -> web.Application:
-    """The routes over one keeper."""
+def make_application(keeper: Keeper, sets: SetKeeper) -> web.Application:
+    """The routes over one keeper and its sets."""
     application = web.Application(client_max_size=BODY_LIMIT, middlewares=[_errors])
     application[_KEY] = keeper
+    application[_SETS] = sets
     application.add_routes(
         [
             web.get("/healthz", _health),
             web.post("/v1/pods", _apply),
             web.get("/v1/pods", _list),
             web.get("/v1/watch", _watch),
+            web.post("/v1/sets", _apply_set),
+            web.get("/v1/sets", _list_sets),
+            web.get("/v1/sets/{key:.+}", _get_set),
+            web.delete("/v1/sets/{key:.+}", _delete_set),
             web.get("/v1/orphans", _orphans),
             web.get("/v1/pods/{key:.+}/exec", _exec),
             web.get("/v1/pods/{key:.+}/connect", _connect),
@@ -143,6 +150,26 @@ async def _delete(request: web.Request) -> web.Response:
 async def _stop(request: web.Request) -> web.Response:
     keeper, key = request.app[_KEY], request.match_info["key"]
     return _status(await keeper.stop(key, _seconds(request, "grace")))
+
+
+async def _apply_set(request: web.Request) -> web.Response:
+    wanted = PodSet.model_validate_json(await request.read())
+    return _status(await request.app[_SETS].apply(wanted))
+
+
+async def _list_sets(request: web.Request) -> web.Response:
+    return web.json_response({"sets": [one.model_dump() for one in request.app[_SETS].statuses()]})
+
+
+async def _get_set(request: web.Request) -> web.Response:
+    sets, key = request.app[_SETS], request.match_info["key"]
+    seconds = _seconds(request, "wait")
+    return _status(await sets.wait(key, seconds) if seconds else sets.get(key))
+
+
+async def _delete_set(request: web.Request) -> web.Response:
+    sets, key = request.app[_SETS], request.match_info["key"]
+    return _status(await sets.delete(key, _seconds(request, "grace")))
 
 
 async def _orphans(request: web.Request) -> web.Response:
