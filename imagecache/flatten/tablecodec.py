@@ -1,22 +1,7 @@
-"""The canonical encoding of a file table, version 1: a header, then columns, little-endian.
+"""The canonical encoding of a file table, version 1: a header, then columns (FORMAT.md).
 
-| offset | type | content |
-|---|---|---|
-| 0 | 4s | magic "CCFT" |
-| 4 | u16 | version, 1 |
-| 6 | u16 | flags, 0 |
-| 8 | u32 x 12 | counts: entries, inodes, name bytes, symlinks, symlink bytes, xattr sets, xattr bytes, lower links, lower link bytes, whiteouts, opaques, whiteout + opaque bytes |
-| 56 | u32[entries] | parent entry |
-| | u32[entries] | inode code: 0 the next new inode, n > 0 the inode n before the next new one, 0xffffffff an implicit directory, 0xfffffffe the next lower link |
-| | u8[entries] | name length; then all name bytes |
-| | u16[inodes] mode, u32 uid, u32 gid, i64 mtime, u32 mtime_ns, u64 size, u32 device, u32 xattr set | columns, one after the other |
-| | u16[symlinks] | target lengths; then all target bytes |
-| | u32[xattr sets] | set lengths; then all sets: u16 count, then per attribute u16 name length, u32 value length, name, value |
-| | u16[lower links] | path lengths; then all paths |
-| | u16[whiteouts + opaques] | path lengths; then all paths |
-
-Nothing follows. Decoding refuses whatever the encoder would not have written.
-"""  # noqa: E501 - a table row is one line
+Decoding refuses whatever the encoder would not have written.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +19,7 @@ from imagecache.flatten.xattrs import Xattrs, checked
 
 MAGIC = b"CCFT"
 VERSION = 1
-_HEADER = struct.Struct("<4sHH12I")
+HEADER = struct.Struct("<4sHH12I")
 _ATTRIBUTE = struct.Struct("<HI")
 _NEXT_LOWER = 0xFFFFFFFE
 _IS_BIG = sys.byteorder == "big"
@@ -81,7 +66,7 @@ def encode_table(table: FileTable) -> bytes:
     lower = b"".join(table.lower_links)
     marks = table.whiteouts + table.opaques
     marks_blob = b"".join(marks)
-    header = _HEADER.pack(
+    header = HEADER.pack(
         MAGIC,
         VERSION,
         0,
@@ -134,7 +119,7 @@ class _Columns:
 
     def __init__(self, encoded: memoryview) -> None:
         self._encoded = encoded
-        self._at = _HEADER.size
+        self._at = HEADER.size
 
     def take(self, size: int) -> memoryview:
         self._at += size
@@ -164,18 +149,18 @@ def decode_table(encoded: bytes | memoryview, limits: Limits) -> FileTable:
     """The table of a canonical encoding. Raises `Rejected` for bytes that no encoder made,
     `LimitExceeded` over the caps; sizes are checked before anything is allocated."""
     view = memoryview(encoded)
-    if len(view) < _HEADER.size or bytes(view[:4]) != MAGIC:
+    if len(view) < HEADER.size or bytes(view[:4]) != MAGIC:
         _bad("it has no file table's magic")
     if len(view) > limits.table_bytes:
         raise LimitExceeded(f"file table has {len(view)} bytes, over {limits.table_bytes}")
-    (_, version, flags, *counts) = _HEADER.unpack_from(view)
+    (_, version, flags, *counts) = HEADER.unpack_from(view)
     if version != VERSION or flags:
         _bad(f"version {version} with flags {flags} is not {VERSION} with 0: needs a newer reader")
     (entries, inodes, name_bytes, links, link_bytes, sets, set_bytes) = counts[:7]
     (lower, lower_bytes, whiteouts, opaques, mark_bytes) = counts[7:]
     if max(entries, inodes, lower, whiteouts, opaques) > limits.entries:
         raise LimitExceeded(f"file table has more than {limits.entries} entries")
-    size = _HEADER.size + 9 * entries + name_bytes + 38 * inodes + 2 * links + link_bytes
+    size = HEADER.size + 9 * entries + name_bytes + 38 * inodes + 2 * links + link_bytes
     size += 4 * sets + set_bytes + 2 * lower + lower_bytes + 2 * (whiteouts + opaques) + mark_bytes
     if size != len(view):
         _bad(f"it has {len(view)} bytes, and its counts say {size}")

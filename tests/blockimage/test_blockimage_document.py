@@ -40,6 +40,7 @@ def test_byte_table_matches_its_struct(module: str, name: str, rows: str) -> Non
 
 def test_document_names_the_magics_that_the_code_writes() -> None:
     from imagecache.blockimage import envelope, layerindex, locations, manifest, seals
+    from imagecache.flatten import tablecodec
     from imagecache.packs import pack
 
     text = DOCUMENT.read_text()
@@ -47,6 +48,7 @@ def test_document_names_the_magics_that_the_code_writes() -> None:
         envelope.MAGIC,
         seals.MAGIC,
         layerindex.MAGIC,
+        tablecodec.MAGIC,
         manifest.MAGIC,
         locations.MAGIC,
         pack.MAGIC,

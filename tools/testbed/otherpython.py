@@ -69,6 +69,7 @@ class OtherPython:
             "PYTHONPATH": f"{ROOT}:/opt/site",
             "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
             "HOME": "/tmp",
+            "PYTHONDONTWRITEBYTECODE": "1",
         }
 
     @property
