@@ -86,14 +86,14 @@ def start_registry(stage: Stage) -> Registry:
     return Registry(f"127.0.0.1:{port}", process)
 
 
-def start_object_store(stage: Stage) -> ObjectStore:
-    """Starts an S3 store with one empty bucket on a free loopback port."""
+def start_object_store(stage: Stage, *options: str) -> ObjectStore:
+    """Starts an S3 store with one empty bucket on a free loopback port; `options` are rclone's."""
     port = free_port()
     folder = stage.folder / f"objects-{port}"
     (folder / BUCKET).mkdir(parents=True)
     command = [str(ROOT / ".venv/bin/rclone"), "serve", "s3", "--addr", f"127.0.0.1:{port}"]
     command += ["--auth-key", f"{ACCESS_KEY},{SECRET_KEY}", "--config", os.devnull]
-    command += ["--vfs-cache-mode", "off", str(folder)]
+    command += ["--vfs-cache-mode", "off", *options, str(folder)]
     process = stage.start(command)
     process.wait_until(lambda: accepts(port))
     return ObjectStore(f"http://127.0.0.1:{port}", folder, process)
