@@ -41,6 +41,7 @@ class Fetcher:
         self._flights: dict[bytes, Flight] = {}
         self._queues: tuple[dict[Flight, None], ...] = tuple({} for _ in Priority)
         self._running = [0 for _ in Priority]
+        self._landing = [0 for _ in Priority]  # bodies that are here and are being decoded
         self._tasks: set[asyncio.Task[None]] = set()
         self._cpu = ThreadPoolExecutor(self.settings.decoders, thread_name_prefix="decode")
         self._pumping = False
@@ -259,7 +260,9 @@ class Fetcher:
         gaps = (settings.demand_gap_bytes, settings.ahead_gap_bytes, settings.ahead_gap_bytes)
         for priority in Priority:
             queue = self._queues[priority]
-            room = limits[priority] - self._running[priority]
+            # The line stays busy while bodies are decoded, but not for more than memory allows.
+            busy = self._running[priority] + max(0, self._landing[priority] - limits[priority])
+            room = limits[priority] - busy
             if queue and room > 0:
                 flights = list(islice(queue, _PLANNED_AT_ONCE))
                 places = [flight.image.location(flight.ordinal) for flight in flights]
@@ -278,9 +281,14 @@ class Fetcher:
 
     async def _run(self, get: Get, flights: Sequence[Flight], priority: Priority) -> None:
         error: CubecacheError = Unavailable("the fetcher was stopped")
+        stage = self._running
         try:
             key = flights[0].image.pack_key(get.pack)
             body = await self._read(key, get.offset, get.length, priority)
+            self._running[priority] -= 1
+            stage = self._landing
+            stage[priority] += 1
+            self._pump_soon()
             for group in _groups(flights):
                 await self._land(key, get, body, group, priority)
         except CubecacheError as failure:
@@ -293,7 +301,7 @@ class Fetcher:
         finally:
             for flight in flights:
                 self._end(flight, error)
-            self._running[priority] -= 1
+            stage[priority] -= 1
             self._pump_soon()
 
     async def _read(self, key: str, offset: int, length: int, priority: Priority) -> bytes:

@@ -10,7 +10,7 @@ import pytest
 
 from imagecache.cache.flight import Stage
 from imagecache.chunks import BLOCK
-from imagecache.errors import Corrupt, Denied, Unavailable
+from imagecache.errors import Denied, Unavailable
 from imagecache.store.base import Priority
 from imagecache.store.faults import FaultReader, Script
 from imagecache.store.memory import MemoryReader

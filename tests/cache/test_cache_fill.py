@@ -173,7 +173,8 @@ async def test_a_hundred_fills_of_one_image_are_one(bench) -> None:
 CHILD = """
 import asyncio, pickle, sys
 from pathlib import Path
-sys.path[:0] = sys.argv[2:]
+rounds = int(sys.argv[2])
+sys.path[:0] = sys.argv[3:]
 from kits.cacheimage import KitReader
 from imagecache.cache.arena import Arena
 from imagecache.cache.fetch import Fetcher
@@ -184,11 +185,13 @@ async def main(directory):
     image, store = pickle.loads((directory / "image").read_bytes())
     arena = await Arena.open(directory / "arena", ArenaSettings(4 << 20, scrub_bytes_per_second=0))
     fetcher = Fetcher(KitReader(store, delay=0.002), arena)
-    while True:
+    for _ in range(rounds):
         fill = Fill(image.map(), fetcher, mode=FillMode.HOT, hot=range(image.map().chunk_count))
         fill.start()
         print("filling", flush=True)
         await fill.wait()
+    print("at rest", flush=True)
+    await asyncio.sleep(600)
 
 asyncio.run(main(Path(sys.argv[1])))
 """
@@ -207,13 +210,23 @@ async def test_kill_9_during_a_fill(tmp_path: Path, bench) -> None:
     directory.mkdir()
     (directory / "image").write_bytes((tmp_path / "image").read_bytes())
     kept = 0
-    for _ in range(8):
+    for last in [False] * 7 + [True]:
+        rounds = str(1 if last else 1_000_000)
         child = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", CHILD, str(directory), *paths, stdout=asyncio.subprocess.PIPE
+            sys.executable,
+            "-c",
+            CHILD,
+            str(directory),
+            rounds,
+            *paths,
+            stdout=asyncio.subprocess.PIPE,
         )
         try:
             assert await soon(child.stdout.readline()) == b"filling\n"
             await asyncio.sleep(rng.random() * 0.8)
+            if last:  # a cache that turns over has an index that is behind; this one comes to rest
+                assert await soon(child.stdout.readline()) == b"at rest\n"
+                await asyncio.sleep(2)
         finally:
             os.kill(child.pid, signal.SIGKILL)
         await soon(child.wait())
