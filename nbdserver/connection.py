@@ -60,6 +60,7 @@ class Connection:
         self._limits = limits
         self._counters = counters
         self._scratch = scratch
+        self._small = scratch[:_SMALL_RECEIVE]
         self._turn = turn
         self._on_end = on_end
         self._loop = asyncio.get_running_loop()
@@ -215,7 +216,7 @@ class Connection:
         self._budget = _BUDGET_AMONG_OTHERS
         while tail:
             # A tail from a handshake or a hand-over may be larger than the scratch buffer.
-            if self._intake.room() is not None:
+            if self._intake.memory is not None:
                 tail = self._intake.fill(tail)
             else:
                 piece, tail = tail[: len(self._scratch)], tail[len(self._scratch) :]
@@ -231,7 +232,7 @@ class Connection:
             self._let_others()
         elif self._can_read():
             self._reading = True
-            self._loop.add_reader(self.stream.read_fd, self._readable)
+            self._turn.readiness.watch(self.stream.read_fd, self._readable)
             if self.stream.copies:
                 # Decrypted bytes may wait inside the stream, where no selector sees them.
                 self._loop.call_soon(self._readable)
@@ -259,7 +260,7 @@ class Connection:
     def _stop_reading(self) -> None:
         if self._reading:
             self._reading = False
-            self._loop.remove_reader(self.stream.read_fd)
+            self._turn.readiness.unwatch(self.stream.read_fd)
 
     def _readable(self) -> None:
         turn = self._turn
@@ -270,11 +271,11 @@ class Connection:
             if not self._can_read():
                 self._stop_reading()
                 return
-            room = self._intake.room()
+            gathering = self._intake.memory is not None
             try:
                 count = self._receive()
             except (BlockingIOError, InterruptedError):
-                if not alone or turn.waiting:
+                if turn.crowded or turn.waiting:
                     return
                 count = self._patience.receive(self._receive)
                 if count < 0:
@@ -286,7 +287,7 @@ class Connection:
                 self.finish()
                 return
             self._counters.bytes_received += count
-            if room is not None:
+            if gathering:
                 self._intake.filled(count)
             else:
                 held, self._tail = len(self._tail), b""
@@ -298,13 +299,13 @@ class Connection:
             self._loop.call_soon(self._readable)
 
     def _receive(self) -> int:
-        room = self._intake.room()
-        if room is not None:
-            return self.stream.recv_into(room)
-        held = len(self._tail)
-        if held:
-            self._scratch[:held] = self._tail
-        end = len(self._scratch) if self._intake.busy else max(_SMALL_RECEIVE, 2 * held)
+        intake, held = self._intake, len(self._tail)
+        if intake.memory is not None:
+            return self.stream.recv_into(intake.room())
+        if not (held or intake.busy):
+            return self.stream.recv_into(self._small)
+        self._scratch[:held] = self._tail
+        end = len(self._scratch) if intake.busy else max(_SMALL_RECEIVE, 2 * held)
         return self.stream.recv_into(self._scratch[held:end])
 
     def _process(self, end: int) -> None:
@@ -324,7 +325,8 @@ class Connection:
                     view, position, end, self._try_read, sender.iov, sender.ranges, room
                 )
                 sender.size += added
-                position = intake.take_plain(view, position, end)
+                if position < end:
+                    position = intake.take_plain(view, position, end)
             if end - position < head:
                 break
             if len(sender.iov) > 512 or sender.size >= room:

@@ -19,6 +19,7 @@ from nbdserver.protocol.errors import EIO, wire_error
 from nbdserver.protocol.replies import encode_error
 from nbdserver.protocol.requests import Request
 from nbdserver.protocol.session import Session
+from nbdserver.readiness import Readiness
 from nbdserver.sender import Sender
 
 _log = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class Turn:
     crowded: int = 0
     waiting: int = 0
     payloads: PayloadPool = field(default_factory=PayloadPool)
+    readiness: Readiness = field(default_factory=Readiness)
 
     def take(self, who: object) -> bool:
         """`who` is served now; whether it was the last one to be served, too."""

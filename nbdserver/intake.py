@@ -23,8 +23,9 @@ _POURED_UNITS = 4
 
 
 class Intake:
-    """`skip` is how many bytes of a refused payload are still to come and to be dropped; `busy`
-    tells that payloads come, so that much is worth receiving at once.
+    """`skip` is how many bytes of a refused payload are still to come and to be dropped; `memory`,
+    while there is some, where a payload is gathered; `busy` tells that payloads come, so that much
+    is worth receiving at once.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Intake:
     ) -> None:
         self.skip = skip
         self.busy = False
+        self.memory: memoryview | None = None
         self._session = session
         self._device = device
         self._try_write = device.try_write
@@ -55,32 +57,31 @@ class Intake:
         self._unit = unit if 2 * unit <= receive_bytes else 0
         self._request: Request | None = None
         self._poured = 0
-        self._memory: memoryview | None = None
         self._filled = 0
         self._written = b""
 
     @property
     def unfinished(self) -> bool:
         """What comes next into the receive buffer belongs to a request begun before."""
-        return bool(self.skip) or (self._request is not None and self._memory is None)
+        return bool(self.skip) or (self._request is not None and self.memory is None)
 
-    def room(self) -> memoryview | None:
-        """Where the next bytes are to be received, if not into the receive buffer."""
-        return None if self._memory is None else self._memory[self._filled :]
+    def room(self) -> memoryview:
+        """While there is memory: where the next bytes are to be received."""
+        assert self.memory is not None
+        return self.memory[self._filled :]
 
     def filled(self, count: int) -> None:
         """`count` bytes are in the room; starts the request when it is whole."""
         self._filled += count
-        memory, request = self._memory, self._request
+        memory, request = self.memory, self._request
         if memory is not None and request is not None and self._filled == len(memory):
-            self._request = self._memory = None
+            self._request = self.memory = None
             self._deliver(request, memory, private=True)
             self._sender.flush()
 
     def fill(self, data: bytes) -> bytes:
         """As receiving into the room; what is left belongs to the next request."""
         room = self.room()
-        assert room is not None
         used = min(len(room), len(data))
         room[:used] = data[:used]
         self.filled(used)
@@ -166,8 +167,8 @@ class Intake:
             self._request = None
             self._inflight.start(request, bytes(view[position : position + left]))
         else:
-            self._memory = self._payloads.take(left)
-            self._memory[:available] = view[position : position + available]
+            self.memory = self._payloads.take(left)
+            self.memory[:available] = view[position : position + available]
             self._filled = available
         return position + available
 
@@ -204,9 +205,9 @@ class Intake:
         request = self._request
         if request is None:
             return b""
-        gathered: Buffer = b"" if self._memory is None else self._memory[: self._filled]
+        gathered: Buffer = b"" if self.memory is None else self.memory[: self._filled]
         return b"".join((self._layout.encode(request), self._written, gathered))
 
     def drop(self) -> None:
         """Forget what is not whole."""
-        self._request = self._memory = None
+        self._request = self.memory = None

@@ -25,8 +25,8 @@ Buffer = bytes | bytearray | memoryview
 # magic, flags and type are read as one number, so that "a plain READ" is one comparison.
 _COMPACT = Struct(">Q8sQI")
 _EXTENDED = Struct(">Q8sQQ")
-_LENGTH_OFFSET = Struct(">IQ")
-_OFFSET_LENGTH_OFFSET = Struct(">QQQ")
+_STRUCTURED_READ = Struct(">8s8sIQ")
+_EXTENDED_READ = Struct(">8s8sQQQ")
 
 _KNOWN_FLAGS: dict[int, int] = {
     Command.READ: CommandFlag.DF,
@@ -109,7 +109,7 @@ class RequestLayout:
         head = self.header_size
         read_key, size, maximum = self._read_key, self._size, self._maximum
         unaligned, mode = self._unaligned, self._mode
-        append, note = iov.append, ranges.append
+        append, note, structured = iov.append, ranges.append, _STRUCTURED_READ.pack
         total = 0
         stop = start + (end - start) // head * head
         for key, cookie, offset, length in self._struct.iter_unpack(requests[start:stop]):
@@ -130,12 +130,10 @@ class RequestLayout:
                 append(SIMPLE_OK + cookie)
                 total += 16 + length
             elif mode == 1:
-                append(STRUCTURED_DATA + cookie + _LENGTH_OFFSET.pack(length + 8, offset))
+                append(structured(STRUCTURED_DATA, cookie, length + 8, offset))
                 total += 28 + length
             else:
-                append(
-                    EXTENDED_DATA + cookie + _OFFSET_LENGTH_OFFSET.pack(offset, length + 8, offset)
-                )
+                append(_EXTENDED_READ.pack(EXTENDED_DATA, cookie, offset, length + 8, offset))
                 total += 40 + length
             iov += buffers
             note((offset, length, True))
