@@ -115,11 +115,15 @@ def large_layer(tar: tarfile.TarFile, layer: int) -> None:
         tar.addfile(member, _reader(_Text(layer << 16 | number, member.size)))
     apparent = (20 << 30) // LARGE_LAYERS
     hole = apparent - NOISE_PER_LAYER - TEXT_PER_LAYER
-    member = tarfile.TarInfo(f"models/{layer}/sparse.img")
+    sparse_layer(tar, f"models/{layer}/sparse.img", hole, seed=layer)
+
+
+def sparse_layer(tar: tarfile.TarFile, name: str, size: int, seed: int = 0) -> None:
+    """One file: a piece of data at its start, then a hole to its end (PAX sparse form 0.1)."""
+    member = tarfile.TarInfo(name)
     member.size = PIECE
-    # PAX sparse form 0.1: one piece of data at the start, then a hole to the end.
-    member.pax_headers = {"GNU.sparse.map": f"0,{PIECE}", "GNU.sparse.size": str(hole)}
-    tar.addfile(member, _reader(_Noise(layer, PIECE)))
+    member.pax_headers = {"GNU.sparse.map": f"0,{PIECE}", "GNU.sparse.size": str(size)}
+    tar.addfile(member, _reader(_Noise(seed, PIECE)))
 
 
 def text_layer(tar: tarfile.TarFile, layer: int, size: int) -> None:
