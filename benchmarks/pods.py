@@ -36,7 +36,7 @@ from imagecache.settings import Settings, load_settings
 
 TICKS = os.sysconf("SC_CLK_TCK")
 LONGEST = 600.0
-COMMAND = ("/bin/sh", "-c", "echo first; while :; do sleep 1; done")
+COMMAND = ("/bin/busybox", "sh", "-c", "echo first; while :; do sleep 1; done")
 
 
 def pod(name: str, image: str) -> Pod:
@@ -99,7 +99,7 @@ async def record(host: Host, image: str) -> None:
     """Starts the program once by `cubecache run --record`: the store has a profile then."""
     command = [str(ROOT / ".venv/bin/cubecache"), "--state-dir", str(host.directory)]
     command += ["--store", host.settings.store_url, "run", "--record", image, "--"]
-    process = await asyncio.create_subprocess_exec(*command, *COMMAND[:2], "echo first")
+    process = await asyncio.create_subprocess_exec(*command, *COMMAND[:3], "echo first")
     async with asyncio.timeout(LONGEST):
         if await process.wait():
             raise SystemExit("the recorded run failed")

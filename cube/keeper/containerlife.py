@@ -238,6 +238,8 @@ class ContainerLife:
         status.code, status.signal = ended.code, ended.signal
         status.finished = time.time()
         status.reason = words.COMPLETED if ended.code == 0 else words.ERROR
+        if ended.out_of_memory:
+            status.reason = words.OUT_OF_MEMORY
         status.message = (ended.problem or self._unhealthy)[: words.MESSAGE_LIMIT]
         self._on_change()
 
