@@ -5,10 +5,14 @@
 #include <fcntl.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
 
+#include <linux/vm_sockets.h>
+
 #define SYNC_KEY_LENGTH 16u
+#define KEY_BEGUN (SYNC_KEY_LENGTH / 2)
 #define WRITE_SIZE 32768u /* the port's driver takes no more in one call */
 
 uint64_t monotonic_ns(void)
@@ -56,6 +60,47 @@ bool channel_open(struct channel *channel, const char *port, int deadline_ms)
     return channel->fd >= 0;
 }
 
+bool channel_listen(struct channel *channel, unsigned port)
+{
+    struct sockaddr_vm address = {
+        .svm_family = AF_VSOCK,
+        .svm_cid = VMADDR_CID_ANY,
+        .svm_port = port,
+    };
+    channel->listener = socket(AF_VSOCK, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    return channel->listener >= 0 &&
+           bind(channel->listener, (struct sockaddr *)&address, sizeof address) == 0 &&
+           listen(channel->listener, 4) == 0;
+}
+
+static void leave_host(struct channel *channel)
+{
+    close(channel->fd);
+    channel->fd = -1;
+    channel->in_length = channel->taken = 0;
+    channel->sync_matched = 0;
+    channel->adrift = channel->nonce_wanted = false;
+}
+
+bool channel_accept(struct channel *channel)
+{
+    int fresh = channel->listener < 0
+                    ? -1
+                    : accept4(channel->listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
+    if (fresh < 0)
+        return false;
+    if (channel->fd >= 0)
+        leave_host(channel);
+    channel->fd = fresh;
+    bool again = channel->had_host;
+    channel->had_host = true;
+    if (again) {
+        buffer_consume(&channel->out, channel->out.length);
+        channel->out_sent = 0;
+    }
+    return again;
+}
+
 void channel_send(struct channel *channel, enum frame_type type, unsigned stream, uint32_t process,
                   const void *payload, size_t length)
 {
@@ -83,7 +128,7 @@ size_t channel_pending(const struct channel *channel)
 
 void channel_write(struct channel *channel)
 {
-    while (channel_pending(channel) > 0) {
+    while (channel->fd >= 0 && channel_pending(channel) > 0) {
         size_t size = channel_pending(channel);
         if (size > WRITE_SIZE)
             size = WRITE_SIZE;
@@ -138,6 +183,11 @@ bool channel_read(struct channel *channel, struct frame *frame, bool *more)
 {
     *more = false;
     size_t need = FRAME_HEADER;
+    channel->in_length -= channel->taken;
+    memmove(channel->in, channel->in + channel->taken, channel->in_length);
+    channel->taken = 0;
+    if (channel->fd < 0)
+        return false;
     for (;;) {
         if (channel->nonce_wanted) {
             need = SYNC_NONCE;
@@ -159,14 +209,20 @@ bool channel_read(struct channel *channel, struct frame *frame, bool *more)
                 continue;
             }
             need = FRAME_HEADER + length;
-            if (channel->in_length >= need)
+            /* The end of this frame is half of the key: it is no frame, a new host has come. */
+            channel->adrift = channel->in_length == need && channel->sync_matched >= KEY_BEGUN;
+            if (channel->in_length >= need && !channel->adrift)
                 break;
         } else {
             need = FRAME_HEADER;
         }
+        if (channel->in_length >= need)
+            continue;
         ssize_t got = read(channel->fd, channel->in + channel->in_length, need - channel->in_length);
         if (got < 0 && errno == EINTR)
             continue;
+        if (channel->listener >= 0 && (got == 0 || (got < 0 && errno != EAGAIN)))
+            leave_host(channel); /* another may come */
         if (got <= 0)
             return false;
         channel->in_length += (size_t)got;
@@ -176,7 +232,7 @@ bool channel_read(struct channel *channel, struct frame *frame, bool *more)
     if (channel->nonce_wanted) {
         *frame = (struct frame){.payload = channel->in, .length = SYNC_NONCE};
         channel->nonce_wanted = false;
-        channel->in_length = 0; /* a host says nothing more before it has its nonce back */
+        channel->taken = need;
         return true;
     }
     frame->type = load16(channel->in + 4);
@@ -184,6 +240,6 @@ bool channel_read(struct channel *channel, struct frame *frame, bool *more)
     frame->process = load32(channel->in + 8);
     frame->payload = channel->in + FRAME_HEADER;
     frame->length = need - FRAME_HEADER;
-    channel->in_length = 0;
+    channel->taken = need;
     return true;
 }

@@ -67,7 +67,9 @@ struct frame {
 };
 
 struct channel {
-    int fd; /* -1 until opened */
+    int fd;       /* -1 until there is a host */
+    int listener; /* where hosts connect, over vsock; -1 with a serial port */
+    bool had_host;
     bool host_gone;
     struct buffer out;
     size_t out_sent;
@@ -77,10 +79,17 @@ struct channel {
     bool adrift;             /* out of step: nothing counts before the key */
     bool nonce_wanted;       /* what is read now is the new host's nonce */
     size_t in_length;
+    size_t taken; /* bytes of `in` that the last frame had, and the next read drops */
     uint8_t in[FRAME_HEADER + PAYLOAD_LIMIT];
 };
 
 uint64_t monotonic_ns(void);
+/* Takes hosts that connect to this vsock port; false: errno. */
+bool channel_listen(struct channel *channel, unsigned port);
+/* A host that has connected takes the place of an earlier one. True: nothing is left of what was to
+ * be said to that one, and the greeting is due again.
+ */
+bool channel_accept(struct channel *channel);
 /* Waits until the named port exists; false after the deadline. */
 bool channel_open(struct channel *channel, const char *port, int deadline_ms);
 void channel_send(struct channel *channel, enum frame_type type, unsigned stream, uint32_t process,

@@ -1,14 +1,20 @@
-/* Test driver of the pure parsers: "config FILE...", "request FILE..." or "account USER PASSWD
- * GROUP". Prints one line
+/* Test driver of the parsers: "config FILE...", "request FILE...", "account USER PASSWD GROUP",
+ * "channel KEY FILE..." and "listen PATH HOSTS". Prints one line
  * per answer; exits 0 unless a sanitizer ends it.
  */
 #include "account.h"
+#include "channel.h"
 #include "config.h"
 #include "request.h"
 
+#include <fcntl.h>
+#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
 
 static uint8_t *read_file(const char *path, size_t *length)
 {
@@ -114,6 +120,60 @@ static void check_account(char **paths)
     free(group);
 }
 
+/* What the agent makes of a host's bytes. */
+static void check_channel(const char *key, const char *path)
+{
+    static struct channel channel;
+    channel = (struct channel){.fd = open(path, O_RDONLY), .listener = -1};
+    if (strlen(key) == SYNC_KEY_BYTES)
+        channel.sync_key = (const uint8_t *)key;
+    struct frame frame;
+    bool more = true;
+    printf("ok");
+    while (more && !channel.host_gone)
+        if (channel_read(&channel, &frame, &more)) {
+            unsigned sum = 0;
+            for (size_t i = 0; i < frame.length; i++)
+                sum += frame.payload[i];
+            printf(" %u/%u/%u/%zu/%u", frame.type, frame.stream, frame.process, frame.length, sum);
+        }
+    printf(channel.host_gone ? " gone\n" : "\n");
+    close(channel.fd);
+}
+
+/* Takes so many hosts, one after the other, and sends every frame back. */
+static int serve_hosts(const char *path, int hosts)
+{
+    static struct channel channel;
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    snprintf(address.sun_path, sizeof address.sun_path, "%s", path);
+    channel = (struct channel){.fd = -1};
+    channel.listener = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK, 0);
+    if (bind(channel.listener, (struct sockaddr *)&address, sizeof address) < 0 ||
+        listen(channel.listener, 4) < 0)
+        return 1;
+    channel_send(&channel, FRAME_HELLO, 0, 0, "first", 5);
+    for (int seen = 0; seen < hosts || channel.fd >= 0;) {
+        struct pollfd wanted[] = {{.fd = channel.listener, .events = POLLIN},
+                                  {.fd = channel.fd, .events = POLLIN}};
+        if (poll(wanted, 2, 60000) <= 0)
+            return 1;
+        if (channel_accept(&channel))
+            channel_send(&channel, FRAME_HELLO, 0, 0, "again", 5);
+        seen += wanted[0].revents != 0;
+        struct frame frame;
+        bool more = true;
+        while (more && !channel.host_gone)
+            if (channel_read(&channel, &frame, &more))
+                channel_send(&channel, frame.type, frame.stream, frame.process, frame.payload,
+                             frame.length);
+        channel_write(&channel);
+    }
+    close(channel.listener);
+    buffer_free(&channel.out);
+    return 0;
+}
+
 int main(int count, char **words)
 {
     if (count >= 3 && strcmp(words[1], "config") == 0)
@@ -122,10 +182,17 @@ int main(int count, char **words)
     else if (count >= 3 && strcmp(words[1], "request") == 0)
         for (int i = 2; i < count; i++)
             check_request(words[i]);
+    else if (count >= 4 && strcmp(words[1], "channel") == 0)
+        for (int i = 3; i < count; i++)
+            check_channel(words[2], words[i]);
+    else if (count == 4 && strcmp(words[1], "listen") == 0)
+        return serve_hosts(words[2], atoi(words[3]));
     else if (count == 5 && strcmp(words[1], "account") == 0)
         check_account(words + 2);
     else {
-        fputs("usage: check-parsers config FILE... | request FILE... | account USER PASSWD GROUP\n", stderr);
+        fputs("usage: check-parsers config|request FILE... | account USER PASSWD GROUP |\n"
+              "       channel KEY FILE... | listen PATH HOSTS\n",
+              stderr);
         return 2;
     }
     return 0;

@@ -129,7 +129,7 @@ const char *guest_leave_initramfs(void)
     return NULL;
 }
 
-bool guest_cmdline_has(const char *word)
+const char *guest_cmdline_word(const char *word)
 {
     static char line[4096];
     if (line[0] == 0) {
@@ -141,9 +141,9 @@ bool guest_cmdline_has(const char *word)
     }
     size_t length = strlen(word);
     for (const char *at = line; (at = strstr(at, word)) != NULL; at += length)
-        if ((at == line || at[-1] == ' ') && strchr(" \n", at[length]) != NULL)
-            return true;
-    return false;
+        if ((at == line || at[-1] == ' ') && strchr(" =\n", at[length]) != NULL)
+            return at + length + (at[length] == '=');
+    return NULL;
 }
 
 static bool read_line(const char *path, char *line, size_t size)
@@ -160,9 +160,31 @@ static bool read_line(const char *path, char *line, size_t size)
     return true;
 }
 
+/* Where a machine's disks cannot have serials of our choice, the kernel's command line names them in
+ * their order: cube.disks=cube-config,root-1.
+ */
+static bool listed_disk(const char *list, const char *serial, char name[32])
+{
+    size_t length = strlen(serial);
+    for (unsigned place = 0; place < 26; place++) {
+        size_t width = strcspn(list, ", \n");
+        if (width == length && memcmp(list, serial, length) == 0) {
+            snprintf(name, 32, "vd%c", 'a' + (int)place);
+            return true;
+        }
+        if (list[width] != ',')
+            break;
+        list += width + 1;
+    }
+    return false;
+}
+
 /* The block device name (vda) with this serial. */
 static bool disk_name(const char *serial, char name[32])
 {
+    const char *list = guest_cmdline_word("cube.disks");
+    if (list)
+        return listed_disk(list, serial, name);
     DIR *disks = opendir("/sys/block");
     if (disks == NULL)
         return false;

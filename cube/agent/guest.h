@@ -20,7 +20,8 @@ const char *guest_load_boot_modules(void);
 /* Moves onto a tmpfs: the kernel's initial root cannot be pivoted away from by containers. */
 const char *guest_leave_initramfs(void);
 int guest_busybox(void); /* descriptor of the initial root's busybox, -1 without one */
-bool guest_cmdline_has(const char *word);
+/* What follows WORD or WORD= on the kernel's command line; NULL without it. */
+const char *guest_cmdline_word(const char *word);
 /* /dev path of the virtio disk with this serial; waits up to the deadline. */
 const char *guest_find_disk(const char *serial, int deadline_ms, char path[64]);
 uint64_t guest_disk_read_bytes(const char *serial);

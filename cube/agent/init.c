@@ -6,6 +6,7 @@
 #include "network.h"
 #include "session.h"
 
+#include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
 #include <stdlib.h>
@@ -14,8 +15,9 @@
 #include <unistd.h>
 
 #define PORT_NAME "cubecache.agent"
+#define VSOCK_PORT 1024 /* where "cube.vsock" on the kernel's command line makes us listen */
 
-static struct session session = {.channel.fd = -1};
+static struct session session = {.channel = {.fd = -1, .listener = -1}};
 
 static int watch_children(void)
 {
@@ -30,7 +32,7 @@ static int watch_children(void)
 static _Noreturn void fail(const char *text)
 {
     console_line(text);
-    if (session.channel.fd >= 0) {
+    if (session.channel.fd >= 0 || session.channel.listener >= 0) {
         struct buffer record = {0};
         append_text(&record, KEY_TEXT, text);
         channel_send(&session.channel, FRAME_FAILED, 0, 0, record.bytes, record.length);
@@ -40,6 +42,20 @@ static _Noreturn void fail(const char *text)
             session_turn(&session, 200);
     }
     guest_power_off();
+}
+
+static void open_channel(void)
+{
+    if (guest_cmdline_word("cube.vsock") == NULL) {
+        if (!channel_open(&session.channel, PORT_NAME, 5000))
+            fail("this machine has no virtio-serial port named " PORT_NAME);
+        return;
+    }
+    const char *error = guest_load_modules("vsock");
+    if (error == NULL && !channel_listen(&session.channel, VSOCK_PORT))
+        error = problem("cannot listen on vsock port %d: %s", VSOCK_PORT, strerror(errno));
+    if (error)
+        fail(error);
 }
 
 static void read_configuration(void)
@@ -96,7 +112,7 @@ int main(void)
     guest_mount_base();
     for (int fd = open("/dev/null", O_RDWR); fd >= 0 && fd < 2; fd = open("/dev/null", O_RDWR))
         continue; /* 0, 1 and 2 must be taken, or a pipe would land there */
-    if (guest_cmdline_has("cube.probe")) {
+    if (guest_cmdline_word("cube.probe")) {
         console_line("probe-ok");
         guest_power_off();
     }
@@ -107,8 +123,7 @@ int main(void)
         error = guest_leave_initramfs();
     if (error)
         fail(error);
-    if (!channel_open(&session.channel, PORT_NAME, 5000))
-        fail("this machine has no virtio-serial port named " PORT_NAME);
+    open_channel();
     session_hello(&session);
     channel_event(&session.channel, 0, "modules-loaded", loaded);
     read_configuration();

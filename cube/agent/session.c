@@ -325,7 +325,7 @@ static nfds_t add_wanted(const struct process *process, bool port_busy, struct p
 void session_turn(struct session *session, int timeout_ms)
 {
     struct channel *channel = &session->channel;
-    static struct pollfd wanted[2 + PROCESS_LIMIT * FDS_PER_PROCESS];
+    static struct pollfd wanted[3 + PROCESS_LIMIT * FDS_PER_PROCESS];
     bool port_busy = channel_pending(channel) > 0;
     nfds_t count = 0;
     wanted[count++] = (struct pollfd){.fd = session->children, .events = POLLIN};
@@ -333,6 +333,7 @@ void session_turn(struct session *session, int timeout_ms)
         .fd = channel->fd,
         .events = (short)(POLLIN | (port_busy ? POLLOUT : 0)),
     };
+    wanted[count++] = (struct pollfd){.fd = channel->listener, .events = POLLIN};
     for (size_t i = 0; i < PROCESS_LIMIT; i++) {
         if (!processes[i].running || processes[i].reported)
             continue;
@@ -343,7 +344,9 @@ void session_turn(struct session *session, int timeout_ms)
     }
     if (poll(wanted, count, timeout_ms) < 0)
         return;
-    if (wanted[1].revents & POLLHUP)
+    if (channel_accept(channel))
+        session_hello(session);
+    else if (wanted[1].revents & POLLHUP && channel->listener < 0)
         usleep(20000); /* nobody is connected: the port would wake us without end */
     struct signalfd_siginfo drained;
     while (read(session->children, &drained, sizeof drained) > 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import struct
 import subprocess
 import zlib
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from cube.channel.messages import ExecSpec, encode_connect, encode_exec, encode_size
 from cube.configdisk import HEADER, MAGIC, GuestConfig, encode_config, new_sync_key
 from cube.container import ContainerSpec
-from cube.frames import Key
+from cube.frames import FrameType, Key, encode
 from cube.guest.agent import SOURCE
 from cube.records import field, number, text
 from cube.volumes import Interface, Mount, Volume, VolumeFile, VolumeKind
@@ -51,7 +53,8 @@ def ask(parsers: Path, directory: Path, kind: str, *contents: bytes) -> list[str
         path = directory / f"input-{index}"
         path.write_bytes(content)
         paths.append(str(path))
-    result = subprocess.run([str(parsers), kind, *paths], capture_output=True, timeout=120)
+    words = (kind, KEY) if kind == "channel" else (kind,)
+    result = subprocess.run([str(parsers), *words, *paths], capture_output=True, timeout=120)
     assert result.returncode == 0, result.stderr.decode(errors="replace")[-2000:]
     return result.stdout.decode(errors="replace").splitlines()
 
@@ -208,3 +211,68 @@ def test_sync_keys_never_repeat_their_first_byte():
         key = new_sync_key()
         assert len(key) == 16
         assert key[0] not in key[1:]
+
+
+KEY = "Kabcdefghijklmno"
+SENT = st.builds(
+    lambda kind, stream, process, payload: (kind, stream, process, payload),
+    st.integers(1, 20),
+    st.integers(0, 3),
+    st.integers(0, 1 << 31),
+    st.binary(max_size=60),
+)
+
+
+def told(frames: list[tuple[int, int, int, bytes]]) -> str:
+    return "".join(f" {k}/{s}/{p}/{len(body)}/{sum(body)}" for k, s, p, body in frames)
+
+
+def raw(frames: list[tuple[int, int, int, bytes]]) -> bytes:
+    return b"".join(struct.pack("<IHHI", len(body), k, s, p) + body for k, s, p, body in frames)
+
+
+CONVERSATION = st.tuples(
+    st.lists(SENT, max_size=4),
+    st.integers(0, 200),
+    st.binary(min_size=32, max_size=32),
+    st.lists(SENT, max_size=4),
+)
+
+
+@FUZZ
+@given(conversation=CONVERSATION)
+def test_agent_finds_a_new_host_wherever_the_old_one_was_cut(parsers, tmp_path, conversation):
+    before, cut, nonce, after = conversation
+    old = raw(before)[:cut]
+    [answer] = ask(parsers, tmp_path, "channel", old + KEY.encode() + nonce + raw(after))
+    heard, _, rest = answer.partition(f" 0/0/0/32/{sum(nonce)}")
+    assert rest == told(after)
+    # A frame that was cut may have been completed by the key's first bytes.
+    whole = heard.split()[1:]
+    assert whole[:-1] == told(before).split()[: max(0, len(whole) - 1)]
+
+
+@FUZZ
+@given(contents=st.lists(st.binary(max_size=300), min_size=20, max_size=20))
+def test_no_bytes_break_the_agents_channel(parsers, tmp_path, contents):
+    assert len(ask(parsers, tmp_path, "channel", *contents)) == len(contents)
+
+
+async def test_agent_takes_one_host_after_the_other(parsers, tmp_path):
+    path = tmp_path / "vsock"
+    served = await asyncio.create_subprocess_exec(str(parsers), "listen", str(path), "3")
+    async with asyncio.timeout(60):
+        while not path.exists():
+            await asyncio.sleep(0.01)
+        for number_, greeting in enumerate((b"first", b"again", b"again")):
+            for _ in range(1000):
+                with contextlib.suppress(ConnectionRefusedError):
+                    reader, writer = await asyncio.open_unix_connection(str(path))
+                    break
+                await asyncio.sleep(0.01)
+            assert await reader.readexactly(17) == encode(FrameType.HELLO, payload=greeting)
+            frame = encode(FrameType.PING, process=number_, payload=bytes(5000))
+            writer.write(frame + frame[: 100 * number_])  # the last one is cut off
+            assert await reader.readexactly(len(frame)) == frame
+            writer.close()
+        assert await served.wait() == 0
