@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +84,10 @@ def main() -> int:
         run("mount", names[0], str(mounted))
         try:
             subprocess.run(["chroot", str(mounted), *PROGRAM], check=True)
-            run("preload", "--detach", f"{registry}/{LATE[1]}")
             busy = subprocess.Popen(["chroot", str(mounted), *READER], stdout=subprocess.DEVNULL)
             try:
-                pictures(f"http://127.0.0.1:{port}/#token={TOKEN}", folder, target)
+                late = lambda: run("preload", "--detach", f"{registry}/{LATE[1]}")  # noqa: E731
+                pictures(f"http://127.0.0.1:{port}/#token={TOKEN}", late, folder, target)
             finally:
                 busy.kill()
                 busy.wait()
@@ -96,17 +97,17 @@ def main() -> int:
     return 0
 
 
-def pictures(url: str, folder: Path, target: Path) -> None:
-    """The page at two widths, and a start."""
+def pictures(url: str, late: Callable[[], None], folder: Path, target: Path) -> None:
+    """The page at two widths, and a start; `late` begins the preload that is seen running."""
     with browser(folder) as driver:
         resize(driver, (1180, 900))
         driver.get(url)
         wait_for(driver, "document.querySelectorAll('#images tbody tr').length >= 3")
-        wait_for(driver, "document.querySelectorAll('.tile path').length === 2")
-        wait_for(
-            driver, "[...document.querySelectorAll('#preloads progress')].some((x) => x.value)"
-        )
-        time.sleep(4)
+        points = "document.querySelector('.tile path').getAttribute('d').split('L').length"
+        wait_for(driver, f"{points} > 15")
+        late()
+        wait_for(driver, "document.querySelector('.state.now')")
+        time.sleep(3)  # into its first layer
         shoot(driver, (1180, 0), target / "page.png")
         shoot(driver, (390, 844), target / "page-phone.png")
         resize(driver, (1180, 900))

@@ -192,10 +192,12 @@ function showPreloads() {
     const going = job.progress;
     let how = "–";
     if (job.state === "running" && going) {
-      how = [bar(going.done_bytes, going.total_bytes), node("small", "",
-        going.stage + ", layer " + going.layer + " of " + going.layers +
+      const steps = going.by_layer.filter((step) => step.total_bytes);
+      const sum = (field) => steps.reduce((total, step) => total + step[field], 0);
+      how = [bar(sum("done_bytes"), Math.max(1, sum("total_bytes"))), node("small", "",
+        going.stage + (going.layer ? ", layer " + going.layer + " of " + going.layers : "") +
         (going.bytes_per_second ? ", " + size(going.bytes_per_second) + "/s" : "") +
-        (going.seconds_left !== null ? ", " + span(going.seconds_left) + " left" : ""))];
+        (going.seconds_left ? ", " + span(going.seconds_left) + " left" : ""))];
     } else if (job.error) {
       how = node("small", "bad", job.error.message);
     } else if (job.result) {
