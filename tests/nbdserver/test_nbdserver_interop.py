@@ -11,6 +11,7 @@ import pytest
 from kits.nbd_server import MemoryDevice, ServerThread
 
 from nbdserver.filedevice import FileDevice
+from nbdserver.overlay import OverlayDevice
 
 SIZE = 32 << 20
 
@@ -34,14 +35,18 @@ def readable(tmp_path, image):
         running.call(running.exports.close())
 
 
-@pytest.fixture
-def writable(tmp_path):
+@pytest.fixture(params=["file", "overlay"])
+def writable(tmp_path, request):
+    """A file of zeros, or an overlay over one; `content()` is what it holds."""
     path = tmp_path / "target.img"
     path.write_bytes(b"")
     os.truncate(path, SIZE)
-    disk = FileDevice(path, read_only=False)
+    disk = FileDevice(path, read_only=request.param == "overlay")
+    if request.param == "overlay":
+        OverlayDevice.create(tmp_path / "overlay", base=disk, identity=b"base")
+        disk = OverlayDevice.open(tmp_path / "overlay", base=disk, identity=b"base")
     with ServerThread(tmp_path / "w.sock", {"": disk, "disk": disk}) as running:
-        running.file = path
+        running.content = lambda: running.call(disk.read_copied(0, SIZE))
         yield running
         running.call(disk.close())
 
@@ -202,9 +207,9 @@ def test_nbdcopy(readable, writable, image, tmp_path, options):
     run("nbdcopy", *options, readable.uri, target)
     assert target.read_bytes() == image.read_bytes()
     run("nbdcopy", *options, image, writable.uri)
-    assert writable.file.read_bytes() == image.read_bytes()
+    assert writable.content() == image.read_bytes()
     run("nbdcopy", *options, "--flush", "--target-is-zero", readable.uri, writable.uri)
-    assert writable.file.read_bytes() == image.read_bytes()
+    assert writable.content() == image.read_bytes()
 
 
 def test_qemu_img(readable, writable, image, tmp_path):
@@ -213,7 +218,7 @@ def test_qemu_img(readable, writable, image, tmp_path):
     run("qemu-img", "compare", tmp_path / "c.qcow2", readable.uri)
     run("qemu-img", "convert", "-n", "-O", "raw", tmp_path / "c.qcow2", writable.uri)
     run("qemu-img", "compare", readable.uri, writable.uri)
-    assert writable.file.read_bytes() == image.read_bytes()
+    assert writable.content() == image.read_bytes()
     extents = json.loads(run("qemu-img", "map", "--output=json", readable.uri))
     assert [(entry["start"], entry["length"], entry["zero"]) for entry in extents] == [
         (0, 5 << 20, False),
