@@ -1,7 +1,8 @@
 """Preload jobs: a bounded queue by priority, so many builds at a time, one job for equal requests.
 
 Every job is in the table before its submitter hears of it, and a restarted daemon goes on where
-the last one ended: what ran is queued again, and fails with a reason once it ended three daemons.
+the last one ended: what ran is queued again, and fails with a reason once it ended five daemons
+without having fetched anything more.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from uuid import uuid4
 
-from imagecache.build.progress import BuildResult, Progress, Report
+from imagecache.build.progress import BuildResult, Progress, Report, Stage
 from imagecache.composition import ImageRequest
 from imagecache.errors import Busy, CubecacheError, NotFound, as_record
 from preload.jobstate import Job, JobState
@@ -25,7 +26,8 @@ logger = logging.getLogger(__name__)
 
 MAX_QUEUED = 5000
 MAX_KEPT = 200
-MAX_ATTEMPTS = 3
+MAX_ATTEMPTS = 5
+PROGRESS_BYTES = 256 << 10
 RETRY_SECONDS = 30.0
 
 
@@ -61,6 +63,7 @@ class JobQueue:
         self._saving = asyncio.Lock()
         self._runner: asyncio.Task[None] | None = None
         self._running: dict[str, asyncio.Task[None]] = {}
+        self._saves: set[asyncio.Task[None]] = set()
         self._closing = False
 
     async def start(self) -> None:
@@ -188,7 +191,7 @@ class JobQueue:
         tasks = [task for task in (self._runner, *self._running.values()) if task is not None]
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, *self._saves, return_exceptions=True)
         self._runner = None
 
     async def close(self) -> None:
@@ -248,10 +251,31 @@ class JobQueue:
         job.state = JobState.QUEUED if self._closing else job.stop_as
         job.attempts -= job.state in {JobState.QUEUED, JobState.PAUSED}
 
+    def _got_further(self, job: Job) -> None:
+        """Attempts that fetched something do not count: in the end there is nothing left to fetch.
+
+        What ends daemons without that (its conversion, say) still ends with the last attempt.
+        """
+        job.attempts = 1
+        task = asyncio.create_task(self._save([job]))
+        self._saves.add(task)
+        task.add_done_callback(self._saved)
+
+    def _saved(self, task: asyncio.Task[None]) -> None:
+        self._saves.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            logger.error("the job table cannot be written: %s", task.exception())
+
     async def _one(self, job: Job) -> None:
+        begun: dict[int, int] = {}
+
         def report(progress: Progress) -> None:
             job.pace.note(progress)
             job.touch()
+            if progress.stage is Stage.PULL and job.attempts > 1:
+                base = begun.setdefault(progress.layer, progress.done_bytes)
+                if progress.done_bytes - base >= PROGRESS_BYTES:
+                    self._got_further(job)
 
         try:
             job.result = (await self._saved_and_built(job, report)).as_json()

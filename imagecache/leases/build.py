@@ -76,7 +76,12 @@ def is_dead(holder: str) -> bool:
         return True
     except (PermissionError, OverflowError):
         return False
-    return False
+    # Killed, and not waited for yet by whoever started it: in a container, perhaps never.
+    try:
+        state = Path(f"/proc/{parts[2]}/stat").read_bytes().rpartition(b")")[2].split()[0]
+    except (OSError, IndexError):
+        return False
+    return state in (b"Z", b"X")
 
 
 class BuildLease:

@@ -139,12 +139,11 @@ class ServedHost:
         return pid
 
     def kill(self) -> None:
+        """Kills the daemon; whether anybody waits for it then is as it may be."""
         os.kill(self.pid, signal.SIGKILL)
         deadline = time.monotonic() + SECONDS
         while alive(self.pid):
             assert time.monotonic() < deadline
-            for child in self.children:
-                child.poll()
             time.sleep(0.005)
 
     def stop(self) -> None:

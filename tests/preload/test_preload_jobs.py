@@ -182,7 +182,7 @@ async def test_a_job_that_ends_every_daemon_fails_with_a_reason(table: JobTable)
     await queue.start()
     job = queue.get(identity)
     assert job.state is JobState.FAILED
-    assert job.error is not None and "ended 3 times" in job.error["message"]
+    assert job.error is not None and f"ended {MAX_ATTEMPTS} times" in job.error["message"]
     await queue.close()
 
 
