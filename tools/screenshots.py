@@ -1,6 +1,6 @@
 """Takes the status page's screenshots for the documentation, from a daemon that does real work.
 
-    PYTHONPATH=tools:tests .venv/bin/python tools/screenshots.py [FOLDER]
+    PYTHONPATH=tools .venv/bin/python tools/screenshots.py [FOLDER]
 
 Writes page.png, page-phone.png and start.png into FOLDER (docs/). Real images are pushed to a
 registry on loopback, stored, and one of them is started through a store that is 20 ms away.
@@ -21,7 +21,7 @@ from typing import Any
 from imagemaker.layout import push
 from imagemaker.make import TAG, make
 from imagemaker.recipes import RECIPES
-from kits.browser import browser, resize, wait_for
+from testbed.browser import browser, resize, wait_for
 from testbed.processes import Stage, free_port
 from testbed.servers import (
     ROOT,

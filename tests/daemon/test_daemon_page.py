@@ -8,8 +8,8 @@ from typing import Any
 
 import aiohttp
 import pytest
-from kits.browser import DESKTOP, PHONE, browser, complaints, resize, wait_for
 from kits.httpapi import Remote, free_port, preloaded, served, write_tokens
+from testbed.browser import DESKTOP, PHONE, browser, complaints, resize, wait_for
 
 from imagecache.daemon.page import asset
 from imagecache.settings import ApiSection, Settings

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 from imagemaker.entries import Entry, write_tar
-from kits.browser import until
 from kits.httpapi import free_port, write_tokens
 from kits.image import write_tars
 from kits.journey import Cubecache
+from testbed.browser import until
 from testbed.processes import Stage
 
 DASHBOARD = Path(__file__).parents[2] / "packaging/grafana/cubecache.json"

@@ -13,10 +13,19 @@ from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
 
 FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --hide-scrollbars "
-    "--disable-background-networking --disable-component-update --disable-sync "
-    "--disable-dev-shm-usage --force-color-profile=srgb --no-proxy-server"
-).split()
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--hide-scrollbars",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--force-color-profile=srgb",
+    "--no-proxy-server",
+)
 DESKTOP, PHONE = (1180, 900), (390, 844)
 SECONDS = 90.0
 
@@ -69,6 +78,6 @@ def complaints(driver: webdriver.Chrome) -> list[str]:
     """What the console says of level warning and above: refused styles, errors of the program."""
     return [
         entry["message"]
-        for entry in driver.get_log("browser")
+        for entry in driver.get_log("browser")  # type: ignore[no-untyped-call]  # selenium's
         if entry["level"] in ("WARNING", "SEVERE")
     ]
