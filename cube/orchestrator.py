@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -21,13 +20,13 @@ import aiohttp
 from cube.keeper.logfile import LogLine, LogQuery, read_log
 from cube.keeper.sets import SetStatus
 from cube.keeper.status import PodStatus
+from cube.keeperconnection import KeeperConnection
 from cube.pod.manifests import Manifests, parse_manifests
 from cube.pod.model import Pod, PodSet
 from cube.pod.volumes import Policy
 from cube.podsession import PodSession
-from imagecache.errors import CubecacheError, NotFound, Rejected, Unavailable, from_record
+from imagecache.errors import NotFound, Rejected, Unavailable
 from imagecache.session import Session, Settings
-from preload.client import answers, start_daemon
 
 CALL_SECONDS: Final = 120.0
 READY_SECONDS: Final = 600.0
@@ -54,26 +53,19 @@ class Cube:
         if settings is None:
             given = Path(state_dir).absolute() if state_dir is not None else None
             settings = Session(None, given, store).settings
-        self._settings = settings
+        self._keeper = KeeperConnection(settings)
         self._policy = policy or host_policy(os.environ.get(_HOST_PATHS, ""))
-        self._session: aiohttp.ClientSession | None = None
-
-    @property
-    def _socket(self) -> Path:
-        return self._settings.state_dir / "pods.sock"
 
     async def __aenter__(self) -> Cube:
-        connector = aiohttp.UnixConnector(path=str(self._socket), limit=0)
-        timeout = aiohttp.ClientTimeout(total=CALL_SECONDS)
-        self._session = aiohttp.ClientSession(
-            connector=connector, timeout=timeout, read_bufsize=_LINE_LIMIT
-        )
+        await self._keeper.__aenter__()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        await self._keeper.__aexit__()
+
+    async def ensure_keeper(self) -> None:
+        """Starts daemon and keeper where they do not answer, and leaves them running."""
+        await self._keeper.ensure()
 
     # --- pods
 
@@ -107,14 +99,16 @@ class Cube:
     async def apply(self, pod: Pod) -> PodStatus:
         """Makes the pod be as it says, and returns at once; one that is so already stays."""
         await self.ensure_keeper()
-        return _status(await self._call("POST", "/v1/pods", pod.model_dump_json()))
+        return _status(await self._keeper.call("POST", "/v1/pods", pod.model_dump_json()))
 
     async def wait(self, key: str, *, seconds: float = READY_SECONDS) -> PodStatus:
         """The pod's status once it is ready, over or in trouble, or when the time is up."""
         deadline = time.monotonic() + seconds
         while True:
             left = max(min(_WAIT_SECONDS, deadline - time.monotonic()), 0.001)
-            status = _status(await self._call("GET", f"/v1/pods/{key}?settled=1&wait={left}"))
+            status = _status(
+                await self._keeper.call("GET", f"/v1/pods/{key}?settled=1&wait={left}")
+            )
             if status.settled or time.monotonic() >= deadline:
                 return status
 
@@ -125,72 +119,74 @@ class Cube:
         while status.phase not in ("Succeeded", "Failed") and time.monotonic() < deadline:
             left = max(min(_WAIT_SECONDS, deadline - time.monotonic()), 0.001)
             path = f"/v1/pods/{key}?since={status.version}&wait={left}"
-            status = _status(await self._call("GET", path))
+            status = _status(await self._keeper.call("GET", path))
         return status
 
     async def get(self, key: str) -> PodStatus:
         """One pod; NotFound."""
-        return _status(await self._call("GET", f"/v1/pods/{key}"))
+        return _status(await self._keeper.call("GET", f"/v1/pods/{key}"))
 
     async def list(self) -> list[PodStatus]:
         """All pods."""
-        answer = await self._call("GET", "/v1/pods")
+        answer = await self._keeper.call("GET", "/v1/pods")
         return [PodStatus.model_validate(one) for one in answer["pods"]]
 
     async def watch(self, *, since: int = -1) -> AsyncIterator[PodStatus]:
         """Pods as they change, what changed after version `since` first; until the caller ends."""
         timeout = aiohttp.ClientTimeout(total=None)
         url = f"http://pods/v1/watch?since={since}"
-        async with self._open.get(url, timeout=timeout) as response:
+        async with self._keeper.open.get(url, timeout=timeout) as response:
             while line := await response.content.readline():
                 yield PodStatus.model_validate_json(line)
 
     async def stop(self, key: str, *, grace_seconds: float | None = None) -> PodStatus:
         """Ends the pod's machine and keeps the pod; `apply` starts it again."""
         path = f"/v1/pods/{key}/stop{_grace(grace_seconds)}"
-        return _status(await self._call("POST", path, seconds=None))
+        return _status(await self._keeper.call("POST", path, seconds=None))
 
     async def delete(self, key: str, *, grace_seconds: float | None = None) -> PodStatus:
         """Ends a pod and forgets it; returns when its machine is gone."""
         path = f"/v1/pods/{key}{_grace(grace_seconds)}"
-        return _status(await self._call("DELETE", path, seconds=None))
+        return _status(await self._keeper.call("DELETE", path, seconds=None))
 
     # --- sets
 
     async def apply_set(self, wanted: PodSet) -> SetStatus:
         """Makes a set be as it says, and returns at once; its pods follow."""
         await self.ensure_keeper()
-        return _set(await self._call("POST", "/v1/sets", wanted.model_dump_json()))
+        return _set(await self._keeper.call("POST", "/v1/sets", wanted.model_dump_json()))
 
     async def wait_set(self, key: str, *, seconds: float = READY_SECONDS) -> SetStatus:
         """The set's status once all its pods are ready and none is old, or when the time is up."""
         deadline = time.monotonic() + seconds
         while True:
             left = max(min(_WAIT_SECONDS, deadline - time.monotonic()), 0.001)
-            status = _set(await self._call("GET", f"/v1/sets/{key}?wait={left}"))
+            status = _set(await self._keeper.call("GET", f"/v1/sets/{key}?wait={left}"))
             if status.settled or time.monotonic() >= deadline:
                 return status
 
     async def sets(self) -> Sequence[SetStatus]:
         """All sets."""
-        answer = await self._call("GET", "/v1/sets")
+        answer = await self._keeper.call("GET", "/v1/sets")
         return [_set(one) for one in answer["sets"]]
 
     async def delete_set(self, key: str, *, grace_seconds: float | None = None) -> SetStatus:
         """Forgets a set and deletes its pods; returns when their machines are gone."""
         path = f"/v1/sets/{key}{_grace(grace_seconds)}"
-        return _set(await self._call("DELETE", path, seconds=None))
+        return _set(await self._keeper.call("DELETE", path, seconds=None))
 
     # --- looking inside
 
     async def stats(self, key: str) -> dict[str, Any]:
         """What a pod's machine and containers use now."""
-        answer: dict[str, Any] = await self._call("GET", f"/v1/pods/{key}/stats")
+        answer: dict[str, Any] = await self._keeper.call("GET", f"/v1/pods/{key}/stats")
         return answer
 
     async def orphans(self) -> Sequence[dict[str, str]]:
         """What looks like a pod's and belongs to none."""
-        answer: Sequence[dict[str, str]] = (await self._call("GET", "/v1/orphans"))["orphans"]
+        answer: Sequence[dict[str, str]] = (await self._keeper.call("GET", "/v1/orphans"))[
+            "orphans"
+        ]
         return answer
 
     async def logs(
@@ -246,7 +242,7 @@ class Cube:
             "rows": size[0],
             "columns": size[1],
         }
-        async with self._socket_to(f"/v1/pods/{key}/exec") as session:
+        async with self._keeper.socket_to(f"/v1/pods/{key}/exec") as session:
             await session.send_text(json.dumps(request))
             yield session
 
@@ -271,100 +267,8 @@ class Cube:
     @contextlib.asynccontextmanager
     async def connect(self, key: str, port: int) -> AsyncIterator[PodSession]:
         """A TCP connection to a port of the pod, from inside it."""
-        async with self._socket_to(f"/v1/pods/{key}/connect?port={port}") as session:
+        async with self._keeper.socket_to(f"/v1/pods/{key}/connect?port={port}") as session:
             yield session
-
-    # --- the keeper
-
-    async def ensure_keeper(self) -> None:
-        """Starts daemon and keeper where they do not answer, and leaves them running."""
-        if await self._answers():
-            return
-        if not await answers(self._settings):
-            await start_daemon(self._settings, detached=True)
-        process = await asyncio.to_thread(_spawn_keeper, self._settings)
-        deadline = time.monotonic() + _START_SECONDS
-        while not await self._answers():
-            # Another starter's keeper may be the one that answers.
-            if process.poll() is not None and not await self._appears():
-                raise Unavailable(
-                    f"the keeper of pods could not start (exit status {process.returncode})",
-                    remedy=f"see {self._settings.state_dir / 'pods.log'}",
-                )
-            if time.monotonic() > deadline:
-                process.kill()
-                raise Unavailable("the keeper of pods was not ready in time")
-            await asyncio.sleep(0.05)
-
-    async def _appears(self) -> bool:
-        for _ in range(100):
-            if await self._answers():
-                return True
-            await asyncio.sleep(0.05)
-        return False
-
-    async def _answers(self) -> bool:
-        try:
-            await self._call("GET", "/healthz", seconds=5)
-        except CubecacheError:
-            return False
-        return True
-
-    @property
-    def _open(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            raise Unavailable("this Cube is not open", remedy="async with Cube() as cube: ...")
-        return self._session
-
-    async def _call(
-        self,
-        method: str,
-        path: str,
-        body: str | None = None,
-        *,
-        seconds: float | None = CALL_SECONDS,
-    ) -> Any:
-        try:
-            async with self._open.request(
-                method,
-                f"http://pods{path}",
-                data=body,
-                timeout=aiohttp.ClientTimeout(total=seconds),
-            ) as response:
-                raw = await response.content.read(_ANSWER_LIMIT)
-                status = response.status
-                while not response.content.at_eof() and len(raw) < _ANSWER_LIMIT:
-                    raw += await response.content.read(_ANSWER_LIMIT)
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise self._absent() from error
-        try:
-            answer = json.loads(raw)
-        except ValueError as error:
-            raise Unavailable(f"the keeper answered {raw[:200]!r}") from error
-        if status >= 400:
-            raise from_record(answer)
-        return answer
-
-    @contextlib.asynccontextmanager
-    async def _socket_to(self, path: str) -> AsyncIterator[PodSession]:
-        try:
-            socket = await self._open.ws_connect(f"http://pods{path}", max_msg_size=_LINE_LIMIT)
-        except aiohttp.WSServerHandshakeError as error:
-            # The reason is in the answer's body, which the handshake does not keep.
-            await self._call("GET", path.partition("?")[0].rpartition("/")[0])
-            raise Unavailable("the pod has no running machine") from error
-        except (aiohttp.ClientError, OSError) as error:
-            raise self._absent() from error
-        session = PodSession(socket)
-        try:
-            yield session
-        finally:
-            await session.close()
-
-    def _absent(self) -> Unavailable:
-        return Unavailable(
-            f"no keeper of pods answers on {self._socket}", remedy="cubecache pod run"
-        )
 
     @staticmethod
     def _container(status: PodStatus, name: str | None) -> str:
@@ -414,20 +318,3 @@ def _is_over(status: PodStatus, container: str) -> bool:
 async def _until_gone(watching: Any) -> None:
     with contextlib.suppress(NotFound):
         await watching
-
-
-def _spawn_keeper(settings: Settings) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "cube.keeper", "--state-dir", str(settings.state_dir)]
-    command += ["--store", settings.store_url, "--realm", settings.realm]
-    if settings.config_file:
-        command += ["--config", str(settings.config_file)]
-    settings.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with (settings.state_dir / "pods.log").open("ab") as log:
-        return subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            cwd="/",
-        )

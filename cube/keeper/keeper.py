@@ -17,7 +17,8 @@ from typing import Final, TypeVar
 from cube.guest import assets
 from cube.guest.assets import ensure_guest
 from cube.keeper.orphans import Orphan, find_orphans
-from cube.keeper.podlife import Equipment, PodLife
+from cube.keeper.placing import Equipment
+from cube.keeper.podlife import PodLife
 from cube.keeper.record import PodRow, Record
 from cube.keeper.status import PodStatus, first_status
 from cube.pod.model import BlockVolume, Pod

@@ -9,48 +9,29 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
-from cube.configdisk import SERIAL, encode_config, new_sync_key
-from cube.container import ImageDefaults
+from cube.configdisk import new_sync_key
 from cube.errors import BootFailed, MachineFailed
-from cube.guest.assets import GuestFiles
 from cube.keeper import status as words
 from cube.keeper.backoff import BackOff
 from cube.keeper.containerlife import ContainerLife
-from cube.keeper.disks import provide_disk
 from cube.keeper.guestplan import (
-    TOOLS_SERIAL,
-    Facts,
-    Image,
-    Plan,
     container_ids,
     directory_of,
-    plan_machine,
-    root_serial,
 )
-from cube.keeper.pull import export_image
+from cube.keeper.placing import Equipment, Placing
 from cube.keeper.record import MachineRow, PodRow
 from cube.link import GuestLink
 from cube.pod.model import Container, RestartPolicy
 from cube.sandbox import BOOT_SECONDS, Sandbox
 from cube.vm.adopted import process_start
 from cube.vm.seam import (
-    Disk,
-    Driver,
-    FileDisk,
-    Forward,
     Machine,
-    MachineSpec,
-    NbdDisk,
-    Rates,
-    UserNic,
 )
-from imagecache.errors import CubecacheError, NoSpace
-from preload.client import Client, ExportHandle
+from imagecache.errors import CubecacheError
+from preload.client import Client
 
 _LOG = logging.getLogger("cube.keeper")
 _PING_SECONDS: Final = 20.0
@@ -58,19 +39,6 @@ _PING_PATIENCE: Final = 120.0  # an emulated guest on a busy host is slow
 _ADOPT_SECONDS: Final = 60.0
 _FINISH_SECONDS: Final = 5.0
 _CONSOLE_LINES: Final = 15
-# QEMU's user-mode network: the guest's address, the host seen from it, its name server.
-USER_ADDRESS: Final = "10.0.2.15"
-USER_GATEWAY: Final = "10.0.2.2"
-USER_NAMESERVER: Final = "10.0.2.3"
-
-
-@dataclass(frozen=True, slots=True)
-class Equipment:
-    """What machines of this host are started with."""
-
-    driver: Driver
-    files: GuestFiles
-    cache: Path
 
 
 class Host(Protocol):
@@ -108,11 +76,10 @@ class PodLife:
         self._host = host
         self._stop = asyncio.Event()
         self._grace: float = row.pod.grace_seconds
-        self._handles: dict[str, ExportHandle] = {}
         self._lives: dict[str, ContainerLife] = {}
         self._tasks: list[asyncio.Task[bool]] = []
-        self._formatted = False
         self._asked = time.monotonic()
+        self._placing = Placing(host, row.pod, row.status, self._changed)
 
     @property
     def directory(self) -> Path:
@@ -186,10 +153,7 @@ class PodLife:
             try:
                 sandbox = await self._machine()
                 await self._attend(sandbox)
-                if any(
-                    not isinstance(disk, FileDisk) or not disk.read_only for disk in self._disks
-                ):
-                    await sandbox.power_off()
+                await sandbox.power_off()
                 return
             except MachineFailed as error:
                 told = error.console[-3:] if isinstance(error, BootFailed) else ()
@@ -250,32 +214,11 @@ class PodLife:
         for status in self.status.containers:
             status.state, status.reason, status.message = "waiting", words.PENDING, ""
         self._changed()
-        equipment, images = await asyncio.gather(self._host.equipment(), self._images())
+        equipment, images = await asyncio.gather(self._host.equipment(), self._placing.images())
         self._mark("images")
         self._host.take_claims(self)
-        facts = self._facts()
         sync_key = new_sync_key()
-        plan = plan_machine(self.pod, images, facts, sync_key=sync_key)
-        disks = await self._provide(plan)
-        spec = MachineSpec(
-            name=self.pod.name[:40],
-            kernel=equipment.files.kernel,
-            initrd=equipment.files.initrd,
-            disks=disks,
-            directory=self.directory,
-            memory_bytes=plan.memory_bytes,
-            cpus=plan.cpus,
-            tsc_khz=equipment.files.tsc_khz,
-            dies_with_owner=False,
-            nics=(UserNic(facts.mac, self._forwards()),),
-            rates=Rates(self.pod.limits.disk_bytes, self.pod.limits.disk_operations),
-        )
-        self.status.address = facts.address
-        self.status.machine = {
-            "driver": equipment.driver.name,
-            "memory_bytes": plan.memory_bytes,
-            "cpus": plan.cpus,
-        }
+        spec = await self._placing.place(equipment, images, sync_key)
         for status in self.status.containers:
             status.reason = words.CREATING
         started = time.monotonic()
@@ -289,101 +232,10 @@ class PodLife:
         return self.sandbox
 
     async def _record(self, machine: Machine, sync_key: bytes) -> None:
-        exports = tuple(handle.name for handle in self._handles.values())
+        exports = tuple(handle.name for handle in self._placing.handles.values())
         pid = machine.process_id
         self.machine = MachineRow(pid, process_start(pid), sync_key.hex(), exports)
         self._changed()
-
-    async def _images(self) -> dict[str, Image]:
-        """Exports every container's image, again and again until all are there."""
-        await asyncio.to_thread(self.directory.mkdir, parents=True, exist_ok=True, mode=0o700)
-        pending = {one.name: one for one in (*self.pod.init_containers, *self.pod.containers)}
-        back_off = BackOff(1)
-        while pending:
-            client = await self._host.client()
-            wanted = list(pending.values())
-            results = await asyncio.gather(
-                *(self._export(client, container) for container in wanted), return_exceptions=True
-            )
-            for container, result in zip(wanted, results, strict=True):
-                if isinstance(result, CubecacheError):
-                    self._refused(container, words.PULL_ERROR, str(result))
-                elif isinstance(result, BaseException):
-                    raise result
-                else:
-                    del pending[container.name]
-                    self._handles[container.name] = result
-                    status = self.status.container(container.name)
-                    if status is not None:
-                        status.block_image = result.block_image
-                        status.reason, status.message = words.PENDING, ""
-            self._changed()
-            if pending:
-                delay = back_off.next_delay(0)
-                await asyncio.sleep(min(delay, 1.0))  # the error itself is seen for a moment
-                for name, container in pending.items():
-                    status = self.status.container(name)
-                    message = status.message if status else ""
-                    self._refused(container, words.PULL_BACK_OFF, message)
-                self._changed()
-                await asyncio.sleep(max(delay - 1.0, 0))
-        return {name: _image(handle) for name, handle in self._handles.items()}
-
-    async def _export(self, client: Client, container: Container) -> ExportHandle:
-        number = self.container_id(container.name)
-        return await export_image(
-            client,
-            container,
-            platform=self.pod.platform,
-            socket=self.directory / f"{root_serial(number)}.sock",
-            name=f"pod-{self.status.uid}-{number}",
-        )
-
-    def _refused(self, container: Container, reason: str, message: str) -> None:
-        status = self.status.container(container.name)
-        if status is not None:
-            status.reason, status.message = reason, message[: words.MESSAGE_LIMIT]
-
-    async def _provide(self, plan: Plan) -> list[Disk]:
-        config = self.directory / "config.img"
-        await asyncio.to_thread(_write_private, config, encode_config(plan.config))
-        disks: list[Disk] = [FileDisk(SERIAL, config)]
-        for name, handle in self._handles.items():
-            serial = root_serial(self.container_id(name))
-            disks.append(NbdDisk(serial, handle.socket, handle.name))
-        for wish in plan.disks:
-            path = await asyncio.to_thread(
-                provide_disk, self._host.state, self.directory, wish, first=not self._formatted
-            )
-            disks.append(FileDisk(wish.serial, path, wish.read_only))
-        self._formatted = True
-        if plan.wants_tools:
-            disks.append(FileDisk(TOOLS_SERIAL, await self._host.tools_disk()))
-        self._disks = disks
-        return disks
-
-    _disks: Sequence[Disk] = ()
-
-    def _facts(self) -> Facts:
-        uid = self.status.uid
-        mac = "02:" + ":".join(uid.replace("-", "")[at : at + 2] for at in range(0, 10, 2))
-        return Facts(
-            uid=uid,
-            address=USER_ADDRESS,
-            host_address=USER_GATEWAY,
-            host_name=os.uname().nodename,
-            mac=mac,
-            gateway=USER_GATEWAY,
-            nameserver=USER_NAMESERVER,
-        )
-
-    def _forwards(self) -> tuple[Forward, ...]:
-        return tuple(
-            Forward(port.host_ip, port.host_port, port.container_port, port.protocol.lower())
-            for container in self.pod.containers
-            for port in container.ports
-            if port.host_port
-        )
 
     # --- containers
 
@@ -437,7 +289,7 @@ class PodLife:
         status = self.status.container(container.name)
         if status is None:
             raise KeyError(container.name)
-        handle = self._handles.get(container.name)
+        handle = self._placing.handles.get(container.name)
         life = ContainerLife(
             container,
             self.container_id(container.name),
@@ -473,9 +325,9 @@ class PodLife:
         elif row is not None and process_start(row.process) == row.started:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(row.process, signal.SIGKILL)
-        names = {handle.name for handle in self._handles.values()}
+        names = {handle.name for handle in self._placing.handles.values()}
         names |= set(row.exports if row is not None else ())
-        self._handles = {}
+        self._placing.handles.clear()
         if names:
             with contextlib.suppress(CubecacheError):
                 client = await self._host.client()
@@ -506,20 +358,6 @@ def _done(status: words.ContainerStatus) -> bool:
     return status.state == "terminated" and status.code == 0
 
 
-def _image(handle: ExportHandle) -> Image:
-    config = handle.config
-    return Image(
-        ImageDefaults(
-            entrypoint=config.entrypoint,
-            command=config.cmd,
-            environment=config.env,
-            user=config.user,
-            working_directory=config.working_dir,
-        ),
-        handle.face,
-    )
-
-
 def _signal_number(name: str) -> int:
     """An image's stop signal, by name or number; SIGTERM where it has none that is known."""
     if name.isdigit() and 0 < int(name) < 65:
@@ -527,11 +365,3 @@ def _signal_number(name: str) -> int:
     full = name.upper() if name.upper().startswith("SIG") else f"SIG{name.upper()}"
     known = signal.Signals.__members__.get(full)
     return int(known) if known is not None else int(signal.SIGTERM)
-
-
-def _write_private(path: Path, content: bytes) -> None:
-    try:
-        path.touch(mode=0o600)
-        path.write_bytes(content)
-    except OSError as error:
-        raise NoSpace(f"the machine's configuration cannot be written: {error}") from error
