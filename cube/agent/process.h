@@ -68,8 +68,8 @@ void process_grant(struct process *process, unsigned stream, uint32_t bytes);
 /* Moves output that has credit into the channel; drops what has waited for too long. */
 void process_pull_output(struct process *process, unsigned stream, struct channel *channel);
 void process_drop_streams(struct process *process); /* nobody is there any more to read them */
-/* Whether its output is held back and will be dropped after a while. */
-bool process_may_discard(const struct process *process);
+/* Whether output of it may be held back now, and will be dropped after a while. */
+bool process_holds_back(const struct process *process, const struct channel *channel);
 void process_check_connection(struct process *process, struct channel *channel);
 void process_read_failure(struct process *process, struct channel *channel);
 void process_read_control(struct process *process);

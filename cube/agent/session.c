@@ -338,7 +338,7 @@ void session_turn(struct session *session, int timeout_ms)
         if (!processes[i].running || processes[i].reported)
             continue;
         count += add_wanted(&processes[i], port_busy, wanted + count);
-        bool look_again = processes[i].pending || process_may_discard(&processes[i]);
+        bool look_again = processes[i].pending || process_holds_back(&processes[i], channel);
         if (look_again && (timeout_ms < 0 || timeout_ms > CHECK_MS))
             timeout_ms = CHECK_MS;
     }

@@ -166,16 +166,24 @@ static void tell_loss(struct process *process, unsigned stream, struct channel *
     process->lost[stream] = 0;
 }
 
-bool process_may_discard(const struct process *process)
+static bool may_discard(const struct process *process)
 {
-    return process->kind == PROCESS_CONTAINER && process->container->discard_after_ms > 0 &&
-           (process->output[1] >= 0 || process->output[2] >= 0);
+    return process->kind == PROCESS_CONTAINER && process->container->discard_after_ms > 0;
+}
+
+bool process_holds_back(const struct process *process, const struct channel *channel)
+{
+    bool port_full = channel_pending(channel) >= CHANNEL_BACKLOG;
+    for (int stream = 1; may_discard(process) && stream <= 2; stream++)
+        if (process->output[stream] >= 0 && (port_full || process->credit[stream] == 0))
+            return true;
+    return false;
 }
 
 /* Whether output has been held back for longer than its container may have to wait. */
 static bool must_discard(struct process *process, unsigned stream, const struct channel *channel)
 {
-    if (!process_may_discard(process))
+    if (!may_discard(process))
         return false;
     uint64_t now = monotonic_ns(), since = 0;
     if (process->credit[stream] == 0)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from cube.guest import agent, cpio, tools
-from cube.guest.modules import Module, select_modules
+from cube.guest.modules import SETS, Module, select_modules
 from cube.guest.packages import Downloader, machine, packages_for_host, unpack
 from imagecache.errors import Denied, NotFound, Rejected, Unavailable, Unsupported
 
@@ -73,11 +73,23 @@ def ensure_guest(
             image = initrd or _own_kernel_initramfs(cache, built, release)
             return GuestFiles(kernel.absolute(), image.absolute(), release, khz)
         parts = cache / f"kernel-{machine()}"
-        if refresh or not (parts / "parts.json").is_file():
+        if refresh or not _has_all_sets(parts):
             _make_kernel(cache, parts)
         release = str(json.loads((parts / "parts.json").read_text())["release"])
         image = initrd or _cached_initramfs(cache, built, parts, release)
         return GuestFiles(parts / "vmlinuz", image.absolute(), release, khz)
+
+
+def _has_all_sets(parts: Path) -> bool:
+    """Whether the kernel there was unpacked with today's choice of modules."""
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+        known = json.loads((parts / "parts.json").read_text())
+        return bool(known.get("sets") == _wanted_sets())
+    return False
+
+
+def _wanted_sets() -> dict[str, list[str]]:
+    return {name: list(modules) for name, modules in SETS.items()}
 
 
 def ensure_tools(cache: Path) -> Path:
@@ -175,7 +187,9 @@ def _make_kernel(cache: Path, target: Path) -> None:
         for module in modules:
             (fresh / "modules" / module.file).write_bytes(module.image)
         order = [[module.set, module.file] for module in modules]
-        (fresh / "parts.json").write_text(json.dumps({"release": release, "modules": order}))
+        (fresh / "parts.json").write_text(
+            json.dumps({"release": release, "modules": order, "sets": _wanted_sets()})
+        )
         shutil.rmtree(target, ignore_errors=True)
         fresh.rename(target)
 

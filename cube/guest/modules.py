@@ -20,7 +20,7 @@ SETS: Final[dict[str, tuple[str, ...]]] = {
     "net": ("virtio_net", "af_packet"),
     "nbd": ("nbd",),
     "fuse": ("fuse", "virtiofs"),
-    "nfs": ("nfs", "nfsv4", "dns_resolver"),
+    "nfs": ("nfs", "nfsv3", "nfsv4", "dns_resolver"),
     "vsock": ("vsock", "vmw_vsock_virtio_transport"),
     "verity": ("dm_mod", "dm_verity"),
     "rng": ("virtio_rng",),

@@ -27,10 +27,13 @@ HOST = "10.0.2.2"  # this host's loopback, as a machine with a UserNic sees it
 
 
 class Networked(QemuDriver):
-    """Gives every machine a network card."""
+    """Gives every machine a network card, and names its disks by their order."""
 
     async def start(self, spec: MachineSpec):
-        return await super().start(dataclasses.replace(spec, nics=(UserNic(MAC),)))
+        names = ",".join(disk.serial for disk in spec.disks)
+        words = (f"cube.disks={names}",)
+        changed = dataclasses.replace(spec, nics=(UserNic(MAC),), kernel_arguments=words)
+        return await super().start(changed)
 
 
 @pytest.fixture
