@@ -156,8 +156,15 @@ async def _plan(session: Session, requests: list[ImageRequest]) -> None:
                 f"{size_text(plan['download_bytes'])} of {size_text(plan['total_bytes'])} to "
                 f"download, about {size_text(plan['store_bytes_estimate'])} to store, "
                 + ("time unknown" if seconds is None else f"about {seconds:.0f} s")
+                + cost_text(plan)
             ),
         )
+
+
+def cost_text(plan: dict[str, Any]) -> str:
+    """What a plan would cost, where [prices] tells."""
+    month, once = plan["month_cost_estimate"], plan["once_cost_estimate"]
+    return "" if month is None else f", costs {month:.4f} a month and {once:.4f} once"
 
 
 async def _detach(session: Session, order: Order) -> None:

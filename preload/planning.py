@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ from imagecache.facechoice import FaceChoice
 from imagecache.oci.platform import host_platform, parse_platform
 from imagecache.oci.reference import parse_reference
 from imagecache.oci.source import ResolvedImage, open_source
-from imagecache.settings import Settings
+from imagecache.settings import PricesSection, Settings
 
+PACK_BYTES = 16 << 20
+OBJECTS_PER_LAYER = 4
 STORED_PER_COMPRESSED = 1.1
 """Where no preload has told better: zstd chunks of 256 KiB against a layer's gzip."""
 
@@ -54,6 +56,8 @@ class Plan:
     download_bytes: int
     store_bytes_estimate: int
     seconds_estimate: float | None
+    month_cost_estimate: float | None = None  # of what is stored, by [prices]
+    once_cost_estimate: float | None = None  # of writing it
 
     def as_json(self) -> dict[str, Any]:
         """The object that `preload --dry-run --json` prints."""
@@ -95,6 +99,22 @@ def plan(
     )
 
 
+def with_cost(found: Plan, prices: PricesSection) -> Plan:
+    """The plan with what the store would charge; unchanged where no price is set."""
+    if not prices.gib_month and not prices.thousand_writes:
+        return found
+    objects = 0
+    if found.missing_layers or not found.present:
+        # Packs, and per layer index, table and record; the image's own are as many.
+        packs = -(-found.store_bytes_estimate // PACK_BYTES)
+        objects = packs + OBJECTS_PER_LAYER * (found.missing_layers + 1)
+    return replace(
+        found,
+        month_cost_estimate=round(found.store_bytes_estimate / (1 << 30) * prices.gib_month, 6),
+        once_cost_estimate=round(objects / 1000 * prices.thousand_writes, 6),
+    )
+
+
 async def look(
     settings: Settings, catalog: Catalog, request: ImageRequest, known: Experience
 ) -> Plan:
@@ -112,7 +132,8 @@ async def look(
     except NotFound:
         present = False
     layers = await _layers(Spool(settings.state_dir / "spool"), catalog, image)
-    return plan(request.reference, str(image.digest), layers, present=present, known=known)
+    found = plan(request.reference, str(image.digest), layers, present=present, known=known)
+    return with_cost(found, settings.prices)
 
 
 async def _layers(spool: Spool, catalog: Catalog, image: ResolvedImage) -> list[LayerFacts]:

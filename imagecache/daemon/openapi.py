@@ -78,6 +78,8 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         owner=_TEXT,
         priority={"type": "integer"},
         pin_seconds=_COUNT,
+        limit_bytes_per_second=_COUNT,
+        warm={"enum": ["", "hot", "whole"]},
         submitted=_NUMBER,
         attempts=_COUNT,
         version=_COUNT,
@@ -97,6 +99,8 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         download_bytes=_COUNT,
         store_bytes_estimate=_COUNT,
         seconds_estimate={"type": ["number", "null"]},
+        month_cost_estimate={"type": ["number", "null"]},
+        once_cost_estimate={"type": ["number", "null"]},
     ),
     "Plans": _list("plans", "Plan"),
     "Image": _record(

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-import json
 import logging
-import re
 import socket
 import time
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from imagecache.blockimage.keys import ImageKey
-from imagecache.blockimage.manifest import MAX_LAYERS
-from imagecache.blockimage.records import MAX_RECORD, RootRecord
+from imagecache.blockimage.records import RootRecord
 from imagecache.build.progress import BuildResult, Report
 from imagecache.build.spooled import SpooledPacks, SpoolReader
 from imagecache.cache.arena import Arena
@@ -32,42 +26,29 @@ from imagecache.composition import (
 )
 from imagecache.daemon.attachments import Attachments, ImageMaps
 from imagecache.daemon.builds import Builds
+from imagecache.daemon.exportrequest import ExportRequest, run_config
 from imagecache.daemon.exports import ExportView, LiveExport
 from imagecache.daemon.exporttable import ExportRecord, ExportTable
 from imagecache.daemon.firststart import FirstStarts
 from imagecache.daemon.holding import ExportHolding
 from imagecache.daemon.listening import Sockets
 from imagecache.daemon.recording import ExportStart, StartKeeper
-from imagecache.errors import Busy, CubecacheError, NotFound, Unavailable, UsageError
+from imagecache.errors import Busy, CubecacheError, NotFound, Unavailable
 from imagecache.facechoice import FaceChoice
 from imagecache.leases.pins import pin
-from imagecache.oci.config import parse_config
 from imagecache.oci.reference import parse_reference
 from imagecache.oci.throttle import Throttle
 from imagecache.profile.prepare import prepare_quietly
-from imagecache.settings import FILLS, Settings
+from imagecache.settings import Settings
 from imagecache.store.opened import OpenedStore
 from nbdserver.limits import Limits
 from nbdserver.server import Server
 from preload.jobs import Job, JobQueue
 from preload.jobtable import JobTable
 
+__all__ = ["ExportRequest", "Service", "arena_settings"]
+
 logger = logging.getLogger(__name__)
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-
-
-@dataclass(frozen=True, slots=True)
-class ExportRequest:
-    """What to export and how; None where the daemon decides."""
-
-    image: ImageRequest
-    socket: str | None = None
-    name: str | None = None
-    fill: str | None = None
-    record: bool = False
-    owner: str = ""
-    writable: bool = False
 
 
 class Service:
@@ -249,7 +230,7 @@ class Service:
 
         Raises NotFound where the image is not in the store, Busy where the name is another's.
         """
-        self._check(request)
+        request.check()
         first = None
         try:
             root = await self._root(request.image)
@@ -258,11 +239,7 @@ class Service:
             if first is None:
                 raise
             root = first.root
-        name = request.name or export_name(request.image.reference, root, request.socket)
-        if request.writable and not request.name:
-            name += "-rw"
-        if request.owner:
-            name = f"{request.owner}.{name}"  # so that owners cannot meet in a name
+        name = request.name_for(root)
         async with self.changing:
             self._check_here()
             there = self._live.get(name)
@@ -299,17 +276,6 @@ class Service:
             logger.info("export %s of %s", name, root.image, extra={"export": name})
             return export
 
-    def _check(self, request: ExportRequest) -> None:
-        if request.name is not None and not _NAME.fullmatch(request.name):
-            raise UsageError(
-                f"export name {request.name!r} is malformed",
-                remedy="use letters, digits, dots, dashes and underscores",
-            )
-        if request.fill is not None and request.fill not in FILLS:
-            raise UsageError(f"fill {request.fill!r} is unknown", remedy="whole, hot or none")
-        if request.socket is not None and not Path(request.socket).is_absolute():
-            raise UsageError(f"socket path {request.socket!r} is not absolute")
-
     async def _again(
         self, there: LiveExport, root: RootRecord, request: ExportRequest
     ) -> LiveExport:
@@ -336,19 +302,7 @@ class Service:
     async def _run_config(self, root: RootRecord, raw: bytes | None) -> str:
         if raw is None:
             raw = await self.catalog.blob(root.config, root.generation)
-        config = parse_config(
-            raw, limit=MAX_RECORD, max_layers=MAX_LAYERS, what=f"config {root.config}"
-        )
-        return json.dumps(
-            {
-                "entrypoint": config.entrypoint,
-                "cmd": config.cmd,
-                "env": config.env,
-                "user": config.user,
-                "working_dir": config.working_dir,
-                "stop_signal": config.stop_signal,
-            }
-        )
+        return run_config(root, raw)
 
     def start_of(self, name: str) -> ExportStart:
         """What is known of one export's start; NotFound."""
@@ -418,17 +372,3 @@ def arena_settings(settings: Settings) -> ArenaSettings:
         budget_bytes=settings.cache.budget_bytes,
         integrity=Integrity(settings.cache.integrity),
     )
-
-
-def export_name(reference: str, root: RootRecord, own_socket: str | None) -> str:
-    """The name of an export nobody named: the repository's last part and the image's digest.
-
-    An export on its own socket adds a digest of the socket's path, so that two VMs of one image
-    have two exports.
-    """
-    last = re.split(r"[@:]", reference.rpartition("/")[2])[0]
-    plain = re.sub(r"[^A-Za-z0-9._-]", "-", last).strip(".-_") or "image"
-    name = f"{plain[:40]}-{root.block_image[:12]}"
-    if own_socket is not None:
-        name += "-" + hashlib.sha256(own_socket.encode()).hexdigest()[:8]
-    return name

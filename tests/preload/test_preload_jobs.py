@@ -8,10 +8,11 @@ import pytest
 from imagecache.build.progress import BuildResult, Progress, Report, Stage
 from imagecache.composition import ImageRequest
 from imagecache.errors import Busy, NotFound, Rejected
+from imagecache.settings import PricesSection
 from preload.jobs import MAX_ATTEMPTS, Job, JobQueue, JobState, QueueFull
 from preload.jobtable import JobTable
 from preload.pace import Pace
-from preload.planning import Experience, LayerFacts, experience, plan
+from preload.planning import Experience, LayerFacts, experience, plan, with_cost
 
 pytestmark = pytest.mark.quick
 
@@ -232,3 +233,16 @@ def test_plans_count_what_is_missing() -> None:
     there = plan("i", "sha256:x", layers, present=True, known=Experience())
     assert (there.missing_layers, there.download_bytes, there.seconds_estimate) == (0, 0, 0.0)
     assert plan("i", "d", layers, present=False, known=Experience()).seconds_estimate is None
+
+
+def test_plans_tell_what_the_store_would_charge() -> None:
+    """Nothing without prices; what is there already costs nothing more."""
+    layers = [LayerFacts(1 << 30, 0, False)]
+    made = plan("i", "d", layers, present=False, known=Experience(1.0, None))
+    assert with_cost(made, PricesSection()) is made
+    prices = PricesSection(gib_month=0.02, thousand_writes=0.005)
+    told = with_cost(made, prices)
+    assert told.month_cost_estimate == 0.02
+    assert told.once_cost_estimate == round((64 + 8) / 1000 * 0.005, 6)
+    there = with_cost(plan("i", "d", layers, present=True, known=Experience()), prices)
+    assert (there.month_cost_estimate, there.once_cost_estimate) == (0, 0)
