@@ -34,7 +34,8 @@ _PIN = (
     Field("image", "text", "A manifest digest, or 8 and more digits of one.", required=True),
     Field("seconds", "number", "For so long.", required=True, least=1, most=MAX_PIN_SECONDS),
 )
-_STORE = (404, 502, 503)
+_ASKED = (501, 502, 503)  # a record of a newer version, a damaged one, no answer
+_STORE = (404, *_ASKED)
 
 
 class RealmRoutes:
@@ -44,6 +45,7 @@ class RealmRoutes:
         self._service = service
         self._looks = asyncio.Semaphore(LOOKS)
         self._adding_up = asyncio.Lock()
+        self._preparing = asyncio.Lock()
 
     @asynccontextmanager
     async def _look(self) -> AsyncIterator[None]:
@@ -77,7 +79,7 @@ class RealmRoutes:
 
     # --- images
 
-    @operation("GET", "/v1/images", role=Role.READ, answers={200: "Images"}, problems=(502, 503))
+    @operation("GET", "/v1/images", role=Role.READ, answers={200: "Images"}, problems=_ASKED)
     async def images(self, call: Call) -> web.Response:
         """Every image that the caller may know of: of an owner, what it preloaded or exports."""
         async with self._look():
@@ -128,9 +130,30 @@ class RealmRoutes:
             )
         return web.json_response(_profile_json(known))
 
+    @operation(
+        "POST",
+        "/v1/images/{image}/profile",
+        role=Role.PRELOAD,
+        answers={200: "Profile"},
+        problems=(409, 422, 507, *_STORE),
+    )
+    async def prepare(self, call: Call) -> web.Response:
+        """Give an image that has no profile one: its repository's last, carried, or predicted."""
+        if self._preparing.locked():
+            raise Busy("a start is being prepared for somebody else", remedy="ask again")
+        async with self._preparing, self._look():
+            root = (await self._image(call, call.name))[0]
+            named = [x for x in await self._service.catalog.aliases() if x.image == root.image]
+            if not named:
+                raise NotFound(f"image {root.image} has no name", remedy="preload it by a name")
+            repository = named[0].repository
+            await self._service.starts.builder.prepare(repository, root)
+            known = await self._service.starts.starts.own(repository, root.image)
+        return web.json_response(_profile_json(known))
+
     # --- pins and leases
 
-    @operation("GET", "/v1/pins", role=Role.READ, answers={200: "Pins"}, problems=(502, 503))
+    @operation("GET", "/v1/pins", role=Role.READ, answers={200: "Pins"}, problems=_ASKED)
     async def pins(self, call: Call) -> web.Response:
         """Every pin of an image that the caller may know of, run out or not."""
         async with self._look():
@@ -171,7 +194,7 @@ class RealmRoutes:
             await unpin(self._service.catalog, digest)
         return web.Response(status=204)
 
-    @operation("GET", "/v1/leases", role=Role.READ, answers={200: "Leases"}, problems=(502, 503))
+    @operation("GET", "/v1/leases", role=Role.READ, answers={200: "Leases"}, problems=_ASKED)
     async def leases(self, call: Call) -> web.Response:
         """Who builds, reads or collects in this realm now; an owner sees who holds its images."""
         catalog = self._service.catalog
@@ -197,7 +220,7 @@ class RealmRoutes:
 
     # --- the store
 
-    @operation("GET", "/v1/store", role=Role.READ, answers={200: "Store"}, problems=(502, 503))
+    @operation("GET", "/v1/store", role=Role.READ, answers={200: "Store"}, problems=_ASKED)
     async def store(self, call: Call) -> web.Response:
         """The realm's generations, and what was read from which source since the daemon began."""
         call.caller.require_whole("the store's counters")

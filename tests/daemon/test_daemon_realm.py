@@ -84,9 +84,11 @@ async def test_leases_profile_cache_and_store_are_told(remote: Remote, built: st
             leases = as_documented("/v1/leases", answer)["leases"]
     assert (leases[0]["purpose"], leases[0]["images"]) == ("read", [digest])
     assert (await remote.call("b", "GET", "/v1/leases"))[1] == {"leases": []}
-    status, profile = await remote.call("a", "GET", f"/v1/images/{digest}/profile")
-    if status == 200:
-        assert profile["image"] == digest
+    assert (await remote.call("reader", "POST", f"/v1/images/{digest}/profile"))[0] == 403
+    assert (await remote.call("b", "POST", f"/v1/images/{digest}/profile"))[0] == 404
+    status, made = await remote.call("a", "POST", f"/v1/images/{digest}/profile")
+    assert (status, made["image"], made["own"]) == (200, digest, True)
+    assert (await remote.call("a", "GET", f"/v1/images/{digest}/profile"))[1] == made
     for path, who in (
         ("/v1/cache", "reader"),
         ("/v1/store", "reader"),
