@@ -21,9 +21,9 @@ from nbdserver.device import (
     DeviceError,
     Extent,
 )
+from nbdserver.writepace import WritePace
 
 _BLKGETSIZE64 = 0x80081272
-_QUICK_WRITE = 1 << 20
 
 
 class FileDevice(BaseDevice):
@@ -50,6 +50,8 @@ class FileDevice(BaseDevice):
             os.close(self._fd)
             raise
         self._view = memoryview(self._map)
+        self._pace = WritePace()
+        self._write_flags = os.RWF_NOWAIT
         self.block_sizes = BlockSizes(minimum=512 if self._is_block else 1)
         writable = not read_only
         self.can_flush = self.can_fua = writable
@@ -83,16 +85,21 @@ class FileDevice(BaseDevice):
 
     def try_write(self, offset: int, payload: Buffer) -> bool:
         """Write into the page cache, unless that would wait."""
-        if len(payload) > _QUICK_WRITE:
+        if not self._write_flags and (offset | len(payload)) % mmap.PAGESIZE:
+            return False  # The rest of a page may have to be read first.
+        if not self._pace.begin(len(payload)):
             return False
         try:
-            written = os.pwritev(self._fd, [payload], offset, os.RWF_NOWAIT)
+            written = os.pwritev(self._fd, [payload], offset, self._write_flags)
         except BlockingIOError:
             return False
         except OSError as failure:
-            if failure.errno == errno.EOPNOTSUPP:
-                return False
+            if failure.errno == errno.EOPNOTSUPP and self._write_flags:
+                # ext4 has no such writes: from here on it is told by how long they take.
+                self._write_flags = 0
+                return self.try_write(offset, payload)
             raise DeviceError(failure.errno or errno.EIO) from failure
+        self._pace.end()
         # Of a short write the rest is written with it again: the same bytes at the same place.
         return written == len(payload)
 

@@ -9,11 +9,9 @@ import asyncio
 import contextlib
 import errno
 import os
-import resource
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
-from time import monotonic
 
 from nbdserver.allocation import fallocate_zero
 from nbdserver.blockmap import (
@@ -31,12 +29,10 @@ from nbdserver.device import (
 )
 from nbdserver.journal import BLOCK, RECORD_SIZE, Header, Journal, Kind, OverlayError
 from nbdserver.overlayreads import OverlayReads
+from nbdserver.writepace import QUICK_WRITE, WritePace
 
 __all__ = ["Change", "OverlayDevice", "OverlayError", "OverlayFacts", "list_overlays"]
 
-_QUICK_WRITE = 1 << 20
-_SLOW_SECONDS = 0.05
-_WATCH_SECONDS = 2.0
 _COMPACT_RECORDS = 1 << 16
 
 
@@ -71,8 +67,7 @@ class OverlayDevice(OverlayReads):
         super().__init__(path, base, journal)
         self._quota = None if quota_bytes is None else quota_bytes // BLOCK
         self._busy: list[tuple[int, int, asyncio.Future[None]]] = []
-        self._slow_until = 0.0
-        self._watch_until = 0.0
+        self._pace = WritePace()
         self._compact_at = _COMPACT_RECORDS
         self._suspended = False
         self._sync_lock = asyncio.Lock()
@@ -141,7 +136,7 @@ class OverlayDevice(OverlayReads):
     def try_write(self, offset: int, payload: Buffer) -> bool:
         """Write through the page cache, unless the base must be read or the disk is slow now."""
         length = len(payload)
-        if self._busy or length > _QUICK_WRITE or monotonic() < self._slow_until:
+        if self._busy:
             return False
         first, last = offset // BLOCK, (offset + length - 1) // BLOCK
         states = self._map.states
@@ -149,17 +144,10 @@ class OverlayDevice(OverlayReads):
             return False
         if (offset + length) % BLOCK and states[last] != OWN_DATA:
             return False
-        began = monotonic()
-        slept = _times_slept() if began < self._watch_until else -1
+        if not self._pace.begin(length):
+            return False
         self._write_now(offset, payload)
-        took = monotonic() - began
-        if took > _SLOW_SECONDS:
-            if slept < 0:
-                # Either the disk, or only a busy processor: the next slow one tells.
-                self._watch_until = began + took + _WATCH_SECONDS
-            elif _times_slept() > slept:
-                # The kernel makes writers wait for the disk: for a while they wait in threads.
-                self._slow_until = began + min(20 * took, 1.0)
+        self._pace.end()
         return True
 
     def _write_now(self, offset: int, payload: Buffer) -> None:
@@ -190,7 +178,7 @@ class OverlayDevice(OverlayReads):
         first, last = offset // BLOCK, (offset + len(payload) - 1) // BLOCK
         async with self._claim(first, last):
             start, body = await self._completed(offset, payload)
-            if len(body) > _QUICK_WRITE or monotonic() < self._slow_until:
+            if len(body) > QUICK_WRITE or self._pace.slow:
                 await self._write_in_thread(start, body)
             else:
                 self._write_now(start, body)
@@ -382,11 +370,6 @@ class OverlayDevice(OverlayReads):
                 self._journal.close()
             os.close(self._fd)
             self._fd = -1
-
-
-def _times_slept() -> int:
-    """How often this thread gave the processor up to wait; to be pushed off it does not count."""
-    return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
 
 
 def list_overlays(parent: Path) -> list[Path]:
