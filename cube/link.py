@@ -25,7 +25,7 @@ from cube.channel.messages import (
 from cube.channel.process import GuestProcess, OutputStream, ProcessExit
 from cube.frames import PROTOCOL_VERSION, Decoder, Frame, FrameType, Key, Stream, encode
 from cube.records import number, numbers, printable, words
-from imagecache.errors import LimitExceeded, Rejected, Unavailable
+from imagecache.errors import LimitExceeded, Rejected, Unavailable, UsageError
 
 __all__ = ["ExecSpec", "GuestLink", "GuestProcess", "Mark", "OutputStream", "ProcessExit"]
 
@@ -98,7 +98,14 @@ class GuestLink:
         return process
 
     def start(self, container: int) -> GuestProcess:
-        """Starts a container that was never started, or is over: with new streams and a new end."""
+        """Starts a container that was never started, or is over: with new streams and a new end.
+
+        Raises UsageError for one that runs.
+        """
+        known = self.processes.get(container)
+        runs = known is not None and known.started.is_set() and not known.exited.done()
+        if runs and not self._closed:
+            raise UsageError(f"container {container} runs already", remedy="end it first")
         process = self.add_process(container)
         self.send(FrameType.START, process=container)
         return process

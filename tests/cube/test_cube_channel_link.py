@@ -234,6 +234,18 @@ async def test_input_keeps_to_its_window_and_wakes_at_the_end():
         await asyncio.wait_for(writing, SECONDS)
 
 
+async def test_container_that_runs_is_not_started_again():
+    async with linked() as (link, guest, _):
+        process = link.start(1)
+        guest.say(event("exec", 1))
+        await asyncio.wait_for(process.started.wait(), SECONDS)
+        with pytest.raises(UsageError, match="runs already"):
+            link.start(1)
+        guest.say(end(1))
+        await process.wait(seconds=SECONDS)
+        assert link.start(1) is not process
+
+
 async def test_own_processes_are_limited():
     async with linked() as (link, _, _):
         running = [link.connect(80) for _ in range(OWN_PROCESSES)]
