@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 
+from imagecache.blockimage.envelope import MAX_PLAINTEXT, unseal
 from imagecache.blockimage.locations import LocationTable
-from imagecache.blockimage.records import MAX_RECORD, LayerRecord, RootRecord
+from imagecache.blockimage.records import MAX_RECORD, LayerRecord, RootRecord, StartRecord
 from imagecache.catalog import Catalog
 from imagecache.errors import Corrupt, LimitExceeded, NotFound, Unsupported, UsageError
+from imagecache.profile.boot import BootTable
 from imagecache.store.sealed import SealedStore
 
 _DAMAGED = (NotFound, Corrupt, LimitExceeded, Unsupported)
@@ -36,7 +38,28 @@ async def count_key_ids(catalog: Catalog) -> dict[int, tuple[int, int]]:
     }
     for place in places.values():
         chunks[place.key_id] += place.stored_length
+    for table in await _boot_tables(catalog):
+        for entry in table.entries:
+            chunks[entry.key_id] += entry.stored_length
     return {key_id: (objects[key_id], chunks[key_id]) for key_id in objects | chunks}
+
+
+async def _boot_tables(catalog: Catalog) -> list[BootTable]:
+    """The boot tables that start records name, damaged ones left out."""
+    found: list[BootTable] = []
+    for generation in await catalog.readable_generations():
+        prefix = f"{catalog.keys.within(generation)}starts/"
+        for key in [stat.key async for stat in catalog.store.list(prefix)]:
+            try:
+                record = StartRecord.decode(await catalog.store.get(key, limit=MAX_RECORD))
+                if record.boot_table:
+                    name = bytes.fromhex(record.boot_table)
+                    where = catalog.keys.boot_table(name, generation)
+                    raw = await catalog.store.get(where, limit=MAX_PLAINTEXT)
+                    found.append(BootTable.decode(unseal(raw, name)))
+            except _DAMAGED:
+                continue
+    return found
 
 
 async def named_tables(catalog: Catalog) -> list[LocationTable]:

@@ -6,6 +6,7 @@ from imagecache.commands.configuring import config
 from imagecache.commands.doctor import doctor
 from imagecache.commands.images import images, remove
 from imagecache.commands.inspecting import diff, inspect
+from imagecache.commands.repacking import repack
 from imagecache.commands.repairing import repair, scrub, stats
 from imagecache.commands.sealing import secrets
 from imagecache.commands.serving import serve
@@ -27,6 +28,7 @@ COMMANDS = (
     scrub,
     repair,
     stats,
+    repack,
     secrets,
     completion,
 )

@@ -12,9 +12,12 @@ from typing import Any
 import click
 
 from imagecache.blockimage.seals import SECRET_BYTES, Secrets
-from imagecache.composition import opened_catalog
+from imagecache.collect.repack import RepackReport
+from imagecache.commands.repacking import tell
+from imagecache.composition import opened_catalog, prepare_state_dir
 from imagecache.errors import Denied, UsageError
 from imagecache.realmsecrets import load_secrets
+from imagecache.resealing import reseal as reseal_realm
 from imagecache.sealedwith import count_key_ids
 from imagecache.session import Session, json_option
 from imagecache.terminal import size_text, table_text
@@ -25,7 +28,7 @@ def secrets() -> None:
     """Secrets that a sealed realm is encrypted with: make, add, choose, see what uses them.
 
     To rotate: `add` and bring the file to every host; then `use` the new one, again everywhere;
-    what is new is sealed with it. `status` says when nothing needs the old one any more.
+    what is new is sealed with it. `reseal` seals the rest; `status` says what needs which.
     """
 
 
@@ -93,6 +96,25 @@ def status(session: Session) -> None:
         },
     }
     session.terminal.answer(answer, table_text(rows))
+
+
+@secrets.command(epilog="\b\nExamples:\n  cubecache secrets reseal")
+@json_option
+@click.pass_obj
+def reseal(session: Session) -> None:
+    """Seal the whole realm with the secret in use, so that older ones can be forgotten.
+
+    Copies every chunk that an older secret seals; nobody should preload meanwhile. What collections
+    have still to delete keeps its old secret: forget one when `status` does not name it any more.
+    """
+    settings = session.settings
+
+    async def work() -> RepackReport:
+        await asyncio.to_thread(prepare_state_dir, settings)
+        async with opened_catalog(settings) as (opened, catalog):
+            return await reseal_realm(catalog, opened.reader, scratch=settings.state_dir / "repack")
+
+    tell(session, asyncio.run(work()))
 
 
 def _tell(session: Session, file: Path, made: Secrets, what: str) -> None:

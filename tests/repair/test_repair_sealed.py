@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from kits.realm import build, write_images
+from kits.realm import FAST, build, write_images
 
 from imagecache.accounting import Accountant
 from imagecache.blockimage.keys import RealmKeys
@@ -18,9 +18,11 @@ from imagecache.catalog import Catalog
 from imagecache.collect.plan import Policy
 from imagecache.collect.run import Collector, Wishes
 from imagecache.errors import Denied
+from imagecache.leases.build import BuildLeases
 from imagecache.repair.presence import PresenceCheck
 from imagecache.repair.repairer import Broken, Repairer, RepairReport
 from imagecache.repair.scrub import Scrubber, ScrubReport, ScrubWishes
+from imagecache.resealing import reseal
 from imagecache.sealedwith import count_key_ids
 from imagecache.store.memory import MemoryReader, MemoryStore
 from imagecache.store.sealed import SealedStore
@@ -195,3 +197,31 @@ async def test_the_wrong_or_no_secrets_change_nothing(
     realm.inner.objects.pop(clock, None)
     before.pop(clock, None)
     assert realm.inner.objects == before
+
+
+async def test_a_rotation_ends_without_the_registry(
+    realm: Realm, images: list[str], tmp_path: Path
+) -> None:
+    """Resealed and collected, the realm needs the new secret alone; no identity has changed."""
+    before = {root.block_image async for root in realm.catalog.roots()}
+    rotated = Realm(realm.inner, tmp_path / "spool", ROTATED)
+    leases = BuildLeases(rotated.catalog, times=FAST)
+    report = await reseal(rotated.catalog, rotated.reader, scratch=tmp_path / "s", leases=leases)
+    assert (len(report.images), report.left, report.failed) == (2, [], {})
+    assert report.records == 2  # two names
+    assert await rotated.faults() == (2, [])
+    assert (await count_key_ids(rotated.catalog))[1][1] == 0
+    again = await reseal(rotated.catalog, rotated.reader, scratch=tmp_path / "s", leases=leases)
+    assert (again.chunks, again.packs, again.records) == (0, 0, 0)
+    # what the old secret still seals is garbage; a dropped name makes collections begin
+    await rotated.build(write_images(tmp_path / "third", 3)[2])
+    third = next(x for x in await rotated.catalog.aliases() if "third" in x.name)
+    await rotated.catalog.drop_alias(third)
+    for _ in range(8):
+        await Collector(rotated.catalog, Wishes(Policy(0, 0), delete_many=True)).run()
+    assert 1 not in await count_key_ids(rotated.catalog)
+    only = Secrets(SECRETS.names, {2: b"n" * 32}, 2)
+    alone = Realm(realm.inner, tmp_path / "spool", only)
+    assert await alone.faults() == (2, [])
+    assert {root.block_image async for root in alone.catalog.roots()} == before
+    assert not (await alone.scrub()).damage
