@@ -1,4 +1,4 @@
-"""The client's end of the keeper's interface; starts daemon and keeper where they do not answer."""
+"""The client's end of the keeper's interface; starts a keeper where none answers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ import aiohttp
 from cube.podsession import PodSession
 from imagecache.errors import CubecacheError, Unavailable, from_record
 from imagecache.session import Settings
-from preload.client import answers, start_daemon
 
 CALL_SECONDS: Final = 120.0
 _START_SECONDS: Final = 60.0
@@ -49,12 +48,15 @@ class KeeperConnection:
             await self._session.close()
             self._session = None
 
+    async def revive(self) -> None:
+        """Starts the keeper where none answers and there are pods on record."""
+        if await asyncio.to_thread((self._settings.state_dir / "pods.sqlite").exists):
+            await self.ensure()
+
     async def ensure(self) -> None:
-        """Starts daemon and keeper where they do not answer, and leaves them running."""
+        """Starts the keeper where none answers; it starts the daemon once it needs one."""
         if await self._answers():
             return
-        if not await answers(self._settings):
-            await start_daemon(self._settings, detached=True)
         process = await asyncio.to_thread(_spawn_keeper, self._settings)
         deadline = time.monotonic() + _START_SECONDS
         while not await self._answers():

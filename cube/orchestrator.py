@@ -64,8 +64,12 @@ class Cube:
         await self._keeper.__aexit__()
 
     async def ensure_keeper(self) -> None:
-        """Starts daemon and keeper where they do not answer, and leaves them running."""
+        """Starts a keeper where none answers, and leaves it running; it starts the daemon."""
         await self._keeper.ensure()
+
+    async def revive(self) -> None:
+        """Starts a keeper where none answers although pods are on record; it adopts them."""
+        await self._keeper.revive()
 
     # --- pods
 

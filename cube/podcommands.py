@@ -33,6 +33,7 @@ def answer_of(session: Session, work: Callable[[Cube], Coroutine[Any, Any, T]]) 
 
     async def call() -> T:
         async with Cube(settings=session.settings) as cube:
+            await cube.revive()
             return await work(cube)
 
     return asyncio.run(call())

@@ -115,7 +115,7 @@ class ContainerLife:
         self._unhealthy = ""
         process = known or sandbox.link.start(self.id)
         self.process = process
-        log = await asyncio.to_thread(LogWriter, self._logs, self.status.restarts)
+        log = await asyncio.to_thread(LogWriter, self._logs, resumed=known is not None)
         pumps = [
             asyncio.create_task(_pump(process.stdout, log, "stdout")),
             asyncio.create_task(_pump(process.stderr, log, "stderr")),

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import logging
+import os
 import subprocess
 import time
 import uuid
@@ -59,11 +60,17 @@ class Keeper:
         self._tools: asyncio.Task[Path] | None = None
         self._watching: asyncio.Task[None] | None = None
         self._watchers = 0
+        self._boots = asyncio.Semaphore(2 * (os.cpu_count() or 1))
 
     @property
     def state(self) -> Path:
         """The state directory."""
         return self._settings.state_dir
+
+    @property
+    def boots(self) -> asyncio.Semaphore:
+        """So many machines boot at a time."""
+        return self._boots
 
     # --- begin and end
 
@@ -138,6 +145,7 @@ class Keeper:
         await self._end(life, grace_seconds)
         life.status.terminating = False
         self._forget_address(life)
+        life.status.settle()
         self.changed(life)
         await self._flushed()
         return life.status

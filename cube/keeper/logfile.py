@@ -27,12 +27,17 @@ _NAME = re.compile(r"(\d+)\.log")
 
 
 class LogWriter:
-    """One container run's file. Blocking; called from one thread at a time."""
+    """One container run's file: a new one, or with `resumed` the newest that is there.
 
-    def __init__(self, directory: Path, run: int) -> None:
+    Blocking; called from one thread at a time.
+    """
+
+    def __init__(self, directory: Path, *, resumed: bool = False) -> None:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        newest = max(_runs(directory), default=-1)
+        run = max(newest if resumed else newest + 1, 0)
         self._path = directory / f"{run}.log"
         self._pending = {"stdout": b"", "stderr": b""}
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         for old in _runs(directory):
             if old <= run - RUNS_KEPT:
                 for path in (directory / f"{old}.log", directory / f"{old}.log.1"):

@@ -56,6 +56,10 @@ class Host(Protocol):
     async def tools_disk(self) -> Path:
         """The tools disk, made if it is missing."""
 
+    @property
+    def boots(self) -> asyncio.Semaphore:
+        """So many machines boot at a time: more would each be slower, and none ready sooner."""
+
     def changed(self, life: PodLife) -> None:
         """The pod's status, or its machine, is another one: to be recorded and told."""
 
@@ -221,12 +225,13 @@ class PodLife:
         spec = await self._placing.place(equipment, images, sync_key)
         for status in self.status.containers:
             status.reason = words.CREATING
-        started = time.monotonic()
-        machine = await equipment.driver.start(spec)
-        await self._record(machine, sync_key)
-        self._mark("machine")
-        self.sandbox = Sandbox(machine, GuestLink(machine.reader, machine.writer), started)
-        await self.sandbox.booted(seconds=BOOT_SECONDS)
+        async with self._host.boots:
+            started = time.monotonic()
+            machine = await equipment.driver.start(spec)
+            await self._record(machine, sync_key)
+            self._mark("machine")
+            self.sandbox = Sandbox(machine, GuestLink(machine.reader, machine.writer), started)
+            await self.sandbox.booted(seconds=BOOT_SECONDS)
         self.status.message = ""
         self._mark("agent")
         return self.sandbox

@@ -154,11 +154,7 @@ async def test_a_pod_with_everything(host: PodHost, tmp_path: Path):
         assert page(port, "page") == b"prepared\n"
         with pytest.raises(Unavailable):
             await cube.get("sink")
-        host.call("run", file, "--timeout", "1", expect=None)
-        until(
-            "the keeper to adopt",
-            lambda: host.call("exec", "sink", "--", "true", expect=None) == "",
-        )
+        until("the keeper to adopt", lambda: host.works("exec", "sink", "--", "true"))
         code, out, _ = await cube.exec("sink", ["cat", "/new/file"], container="web")
         assert (code, out) == (0, b"copied")
         assert host.processes("cubecache-vm") == machine

@@ -152,7 +152,7 @@ async def collect(directory: Path, **query: object) -> str:
 
 async def test_logs_keep_lines_runs_and_bounds(tmp_path: Path):
     for run in range(4):
-        log = LogWriter(tmp_path, run)
+        log = LogWriter(tmp_path)
         log.write("stdout", f"run {run}\nha".encode(), 100.0 + run)
         log.write("stdout", b"lf\n", 100.0 + run)
         log.write("stderr", b"x" * (LINE_LIMIT + 5), 100.0 + run)
@@ -169,8 +169,16 @@ async def test_logs_keep_lines_runs_and_bounds(tmp_path: Path):
         await collect(tmp_path / "none", previous=True)
 
 
+async def test_a_resumed_log_goes_on(tmp_path: Path):
+    for number, resumed in enumerate((False, True)):
+        log = LogWriter(tmp_path, resumed=resumed)
+        log.write("stdout", f"part {number}\n".encode(), 1.0)
+        log.close(1.0)
+    assert await collect(tmp_path) == "part 0\npart 1\n"
+
+
 async def test_a_full_log_is_replaced_once(tmp_path: Path):
-    log = LogWriter(tmp_path, 0)
+    log = LogWriter(tmp_path)
     for number in range(40):
         log.write("stdout", (str(number % 10) * 1023 + "\n").encode() * 1024, 5.0)
     log.close(6.0)
@@ -179,7 +187,7 @@ async def test_a_full_log_is_replaced_once(tmp_path: Path):
 
 
 async def test_a_follower_sees_what_comes(tmp_path: Path):
-    log = LogWriter(tmp_path, 0)
+    log = LogWriter(tmp_path)
     log.write("stdout", b"one\n", 1.0)
     over = asyncio.Event()
     seen: list[bytes] = []
@@ -190,7 +198,7 @@ async def test_a_follower_sees_what_comes(tmp_path: Path):
             if line.text == b"one\n":
                 log.write("stdout", b"two\n", 2.0)
                 log.close(2.0)
-                following = LogWriter(tmp_path, 1)
+                following = LogWriter(tmp_path)
                 following.write("stdout", b"three\n", 3.0)
                 following.close(3.0)
             if line.text == b"three\n":

@@ -71,6 +71,12 @@ class PodHost:
         assert expect is None or done.returncode == expect, (done.returncode, done.stderr)
         return done.stdout
 
+    def works(self, *words: str) -> bool:
+        """Whether a `cubecache pod` command succeeds now."""
+        command = [str(CUBECACHE), "pod", *words]
+        done = subprocess.run(command, capture_output=True, env=self.environment, timeout=300)
+        return done.returncode == 0
+
     def json(self, *words: str, expect: int | None = 0) -> Any:
         return json.loads(self.call(*words, "--json", expect=expect))
 
