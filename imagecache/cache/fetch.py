@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 _PLANNED_AT_ONCE = 256
 _DECODED_AT_ONCE = 4
+_DECODED_AHEAD = 8
 _FIRST_DEMAND_SECONDS = 0.05
 
 
@@ -381,6 +382,10 @@ class Fetcher:
 
 def _groups(flights: Sequence[Flight]) -> Iterable[Sequence[Flight]]:
     """Flights in steps that are decoded together, those somebody waits for first."""
-    order = sorted(flights, key=lambda flight: flight.priority)
-    for at in range(0, len(order), _DECODED_AT_ONCE):
-        yield order[at : at + _DECODED_AT_ONCE]
+    left = sorted(flights, key=lambda flight: flight.priority)
+    while left:
+        # Somebody may have begun to wait meanwhile; what nobody waits for comes in larger steps.
+        waited = left[0].priority is Priority.DEMAND
+        count = _DECODED_AT_ONCE if waited else _DECODED_AHEAD
+        yield left[:count]
+        left = sorted(left[count:], key=lambda flight: flight.priority)
