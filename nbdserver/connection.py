@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 _BUDGET_ALONE = 256
 _BUDGET_AMONG_OTHERS = 32
 _BATCH_COSTS = 64
-_BATCH_BYTES = 8192  # for each request of the budget
+_BATCH_BYTES = 16384  # for each request of the budget
 _SMALL_RECEIVE = 16 << 10  # some 500 requests without payloads: more than a turn takes
 
 
