@@ -103,7 +103,9 @@ class Cube:
     async def apply(self, pod: Pod) -> PodStatus:
         """Makes the pod be as it says, and returns at once; one that is so already stays."""
         await self.ensure_keeper()
-        return _status(await self._keeper.call("POST", "/v1/pods", pod.model_dump_json()))
+        # No deadline: a pod that is changed ends first, within its grace.
+        answer = await self._keeper.call("POST", "/v1/pods", pod.model_dump_json(), seconds=None)
+        return _status(answer)
 
     async def wait(self, key: str, *, seconds: float = READY_SECONDS) -> PodStatus:
         """The pod's status once it is ready, over or in trouble, or when the time is up."""

@@ -10,6 +10,7 @@ import os
 import subprocess
 import time
 import uuid
+import weakref
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -60,6 +61,8 @@ class Keeper:
         self._tools: asyncio.Task[Path] | None = None
         self._watching: asyncio.Task[None] | None = None
         self._watchers = 0
+        # A lock is there as long as somebody holds it or waits for it.
+        self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         self._boots = asyncio.Semaphore(2 * (os.cpu_count() or 1))
 
     @property
@@ -110,6 +113,10 @@ class Keeper:
 
     async def apply(self, pod: Pod) -> PodStatus:
         """Makes the pod be: starts a new one, changes one that is another, leaves one as it is."""
+        async with self._alone(pod.key):
+            return await self._apply(pod)
+
+    async def _apply(self, pod: Pod) -> PodStatus:
         life = self._lives.get(pod.key)
         if life is not None and life.pod == pod and not life.stopped:
             return life.status
@@ -140,30 +147,39 @@ class Keeper:
 
     async def stop(self, key: str, grace_seconds: float | None) -> PodStatus:
         """Ends a pod's machine and keeps the pod; `apply` starts it again."""
-        life = self.get(key)
-        life.stopped = True
-        await self._end(life, grace_seconds)
-        life.status.terminating = False
-        self._forget_address(life)
-        life.status.settle()
-        self.changed(life)
-        await self._flushed()
-        return life.status
+        async with self._alone(key):
+            life = self.get(key)
+            life.stopped = True
+            await self._end(life, grace_seconds)
+            life.status.terminating = False
+            self._forget_address(life)
+            life.status.settle()
+            self.changed(life)
+            await self._flushed()
+            return life.status
 
     async def delete(self, key: str, grace_seconds: float | None) -> PodStatus:
         """Ends a pod and forgets it; returns when its machine is gone."""
-        life = self.get(key)
-        life.stopped = True
-        await self._end(life, grace_seconds)
-        await life.remove_files()
-        if self._lives.get(key) is life:
-            del self._lives[key]
-        await self._flushed()
-        await self._in_writer(lambda: self._record.forget(life.status.uid))
-        self._version += 1
-        life.status.version = self._version
-        await self._tell()
-        return life.status
+        async with self._alone(key):
+            life = self.get(key)
+            life.stopped = True
+            await self._end(life, grace_seconds)
+            await life.remove_files()
+            if self._lives.get(key) is life:
+                del self._lives[key]
+            await self._flushed()
+            await self._in_writer(lambda: self._record.forget(life.status.uid))
+            self._version += 1
+            life.status.version = self._version
+            await self._tell()
+            return life.status
+
+    @contextlib.asynccontextmanager
+    async def _alone(self, key: str) -> AsyncIterator[None]:
+        """One change of a pod at a time."""
+        lock = self._locks.setdefault(key, asyncio.Lock())
+        async with lock:
+            yield
 
     async def _end(self, life: PodLife, grace_seconds: float | None = None) -> None:
         life.stop(grace_seconds)

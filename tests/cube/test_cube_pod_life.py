@@ -205,7 +205,7 @@ def test_a_disk_keeps_its_data_from_job_to_job(host: PodHost):
     host.call("run", writer)
     until("the job to end", lambda: host.state_of("writer")["state"] == "Completed")
     assert host.call("logs", "writer", "-f") == "done\n"
-    assert host.processes("cubecache-vm") == []
+    until("its machine to be gone", lambda: not host.processes("cubecache-vm"))
     host.call("delete", "writer")
     reader = host.manifest(
         "r", JOB.replace("NAME", "reader").replace("COMMAND", "cat /data/f; exit 9")
