@@ -73,12 +73,13 @@ static struct process *free_place(uint32_t id)
     return place;
 }
 
-static void start_now(struct session *session, struct process *process,
-                      const struct container *container)
+/* NULL also while its volumes are not there yet. */
+static const char *start_now(struct session *session, struct process *process,
+                             const struct container *container)
 {
     const char *error;
     if (!volumes_ready(&session->config, container, &error))
-        return;
+        return NULL;
     process->pending = false;
     if (error == NULL)
         error = root_mount(container);
@@ -86,8 +87,7 @@ static void start_now(struct session *session, struct process *process,
         channel_event(&session->channel, container->id, "root-mounted", monotonic_ns());
         error = process_start(process, container, &session->config);
     }
-    if (error)
-        process_refuse(process, container->id, CANNOT_SERVE, error, &session->channel);
+    return error;
 }
 
 const char *session_start(struct session *session, size_t index)
@@ -101,8 +101,13 @@ const char *session_start(struct session *session, size_t index)
     process->kind = PROCESS_CONTAINER;
     process->container = container;
     process->running = process->pending = true;
-    start_now(session, process, container);
-    return NULL;
+    const char *error = start_now(session, process, container);
+    /* A machine whose only purpose cannot be served says so itself; a pod has other containers. */
+    if (error && container->held)
+        process_refuse(process, container->id, CANNOT_SERVE, error, &session->channel);
+    else if (error)
+        process->running = process->pending = false;
+    return container->held ? NULL : error;
 }
 
 static void on_hello(struct session *session, const struct frame *frame)
@@ -288,8 +293,9 @@ static void reap(void)
 static void move(struct session *session, struct process *process)
 {
     struct channel *channel = &session->channel;
-    if (process->pending)
-        start_now(session, process, process->container);
+    const char *error = process->pending ? start_now(session, process, process->container) : NULL;
+    if (error)
+        process_refuse(process, process->id, CANNOT_SERVE, error, channel);
     if (process->pending || !process->running || process->reported)
         return;
     process_check_connection(process, channel);
