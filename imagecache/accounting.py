@@ -6,6 +6,7 @@ of distinct chunks; stored ones are what the bucket keeps. A realm is told of it
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from imagecache.blockimage.extents import ChunkList
 from imagecache.blockimage.records import RootRecord
 from imagecache.catalog import Catalog
 from imagecache.chunks import BLOCK
+from imagecache.verify import contiguous_runs
 
 GIB = 1 << 30
 MONTH_SECONDS = 30 * 86_400
@@ -35,13 +37,17 @@ class Prices:
 
 @dataclass(slots=True)
 class ImageAccount:
-    """One image; bytes of plaintext. `alone` are those of chunks that no other image has."""
+    """One image; bytes of plaintext. `alone` are those of chunks that no other image has.
+
+    `requests` are the GETs that reading all of it from the store takes.
+    """
 
     image: str
     names: list[str]
     logical_bytes: int
     alone_bytes: int
     stored_bytes: int
+    requests: int = 0
     layers: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -66,11 +72,11 @@ class RealmAccount:
     def cost(self, prices: Prices, pulls_a_month: int = 0) -> dict[str, float]:
         """What the realm costs a month by a price table, with so many full reads of all images."""
         out = sum(image.stored_bytes for image in self.images) * pulls_a_month
+        gets = sum(image.requests for image in self.images) * pulls_a_month
         return {
             "storage_month": self.stored_bytes / GIB * prices.gib_month,
             "written_once": self.objects / 1000 * prices.thousand_writes,
-            "read_month": out / GIB * prices.gib_out
-            + out / (4 << 20) / 1000 * prices.thousand_reads,
+            "read_month": out / GIB * prices.gib_out + gets / 1000 * prices.thousand_reads,
         }
 
     def as_json(self) -> dict[str, Any]:
@@ -108,10 +114,14 @@ class Accountant:
         found: list[tuple[RootRecord, ChunkList]] = []
         layers: dict[bytes, ChunkList] = {}
         by_image: list[list[tuple[str, bytes]]] = []
+        requests: list[int] = []
         async for root in self._catalog.roots():
             manifest = await self._catalog.block_manifest(root)
             found.append((root, manifest.chunks))
             named.update(root.packs)
+            table = await self._catalog.location_table(root)
+            # Root, manifest and location table, then the chunks in ranges.
+            requests.append(3 + len(await asyncio.to_thread(contiguous_runs, table)))
             for digest, _ in manifest.chunks:
                 self._uses[digest] = self._uses.get(digest, 0) + 1
             mine = []
@@ -122,8 +132,9 @@ class Accountant:
                     index = await self._catalog.layer_index(placed.index, root.generation)
                     layers[placed.index] = index.chunks
             by_image.append(mine)
-        for (root, chunks), mine in zip(found, by_image, strict=True):
+        for (root, chunks), mine, gets in zip(found, by_image, requests, strict=True):
             account = self._image(root, chunks, names.get(root.image, []))
+            account.requests = gets
             account.layers = [self._layer(diff_id, index, layers[index]) for diff_id, index in mine]
             result.images.append(account)
             result.logical_bytes += account.logical_bytes

@@ -144,7 +144,7 @@ def stats(session: Session, *, pulls: int) -> None:
     account = asyncio.run(add_up())
     answer: dict[str, Any] = account.as_json()
     answer["cost"] = account.cost(prices, pulls) if prices.known else None
-    rows = [("NAME", "IMAGE", "LOGICAL", "ALONE", "STORED", "LAYERS")]
+    rows = [("NAME", "IMAGE", "LOGICAL", "ALONE", "STORED", "GETS", "LAYERS")]
     rows += [
         (
             ", ".join(image.names) or "<none>",
@@ -152,6 +152,7 @@ def stats(session: Session, *, pulls: int) -> None:
             size_text(image.logical_bytes),
             size_text(image.alone_bytes),
             size_text(image.stored_bytes),
+            str(image.requests),
             f"{sum(x['images'] > 1 for x in image.layers)} of {len(image.layers)} shared",
         )
         for image in account.images

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from kits.realm import built_realm, write_images
 
-from imagecache.accounting import Accountant, Prices, RealmAccount
+from imagecache.accounting import Accountant, ImageAccount, Prices, RealmAccount
 from imagecache.catalog import Catalog
 from imagecache.store.memory import MemoryStore
 
@@ -27,6 +27,7 @@ async def test_shared_layer_counts_once(realm: MemoryStore) -> None:
     assert shared > 300_000
     assert first.logical_bytes == first.alone_bytes + shared
     assert 1.3 < account.dedup < 1.5
+    assert all(4 < image.requests < 12 for image in account.images)
     base = [layer for image in account.images for layer in image.layers if layer["images"] == 2]
     assert len(base) == 2
     assert all(layer["shared_bytes"] == layer["bytes"] for layer in base)
@@ -51,5 +52,7 @@ async def test_sums_are_those_of_the_objects(realm: MemoryStore) -> None:
 def test_cost_is_by_the_price_table() -> None:
     """A GiB a month at 2, and as much read once at 3 a GiB."""
     account = RealmAccount(stored_bytes=1 << 30, objects=2000)
+    account.images = [ImageAccount("sha256:x", [], 0, 0, 0, requests=500)]
+    assert account.cost(Prices(thousand_reads=4.0), 10)["read_month"] == 20.0
     cost = account.cost(Prices(gib_month=2.0, thousand_writes=0.5))
     assert cost == {"storage_month": 2.0, "written_once": 1.0, "read_month": 0.0}

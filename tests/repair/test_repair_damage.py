@@ -280,8 +280,11 @@ async def test_scrub_keeps_to_its_rate(realm: MemoryStore) -> None:
     assert slept == pytest.approx(report.read_bytes / (1 << 20))
 
 
-async def test_crash_at_every_write_of_a_repair(realm: MemoryStore, tmp_path: Path) -> None:
-    """A repair killed at each write leaves nothing readable worse, and the next one mends it."""
+async def crash_repairs(realm: MemoryStore, tmp_path: Path, step: int, *, both: bool) -> None:
+    """Kills a repair at writes: nothing readable is worse, and the next one mends it.
+
+    Before and after each write with `both`, else in turn.
+    """
     hurt = copied(realm)
     for key in [key for key in sorted(hurt.objects) if "/packs/" in key][:2]:
         damage(hurt, key, "flip", random.Random(3))
@@ -290,15 +293,27 @@ async def test_crash_at_every_write_of_a_repair(realm: MemoryStore, tmp_path: Pa
     assert not (await repair(quiet, tmp_path / "quiet")).failed
     truth = await truth_of(realm)
     assert quiet.writes > 10
-    for at in range(1, quiet.writes + 1, 2):
-        store = copied(hurt)
-        with pytest.raises(Crash):
-            await repair(CrashStore(store, at, after=at % 4 == 1), tmp_path / "spool")
-        await served(store, truth)
-        for key in [key for key in store.objects if "/leases/" in key]:
-            del store.objects[key]  # its time would have run out
-        assert not (await repair(store, tmp_path / "spool")).failed
-        assert await broken(store) == (2, []), at
+    for number, at in enumerate(range(1, quiet.writes + 1, step)):
+        for after in (False, True) if both else (number % 2 == 0,):
+            store = copied(hurt)
+            with pytest.raises(Crash):
+                await repair(CrashStore(store, at, after=after), tmp_path / "spool")
+            await served(store, truth)
+            for key in [key for key in store.objects if "/leases/" in key]:
+                del store.objects[key]  # its time would have run out
+            assert not (await repair(store, tmp_path / "spool")).failed
+            assert await broken(store) == (2, []), (at, after)
+
+
+async def test_crash_at_writes_of_a_repair(realm: MemoryStore, tmp_path: Path) -> None:
+    """G14: every third write; the soak tier takes them all, before and after."""
+    await crash_repairs(realm, tmp_path, 3, both=False)
+
+
+@pytest.mark.soak
+async def test_crash_at_every_write_of_a_repair_soak(realm: MemoryStore, tmp_path: Path) -> None:
+    """G14: every write boundary of a repair."""
+    await crash_repairs(realm, tmp_path, 1, both=True)
 
 
 async def test_damaged_name_is_mended_by_preloading_it_again(
