@@ -52,6 +52,6 @@ def test_every_package_has_a_set_and_a_reason() -> None:
         if line.startswith("#") or not line.strip():
             continue
         name, kind, architecture, reason = line.split(maxsplit=3)
-        assert kind in ("runtime", "test"), name
+        assert kind in ("runtime", "test", "debian"), name
         assert architecture in ("any", "amd64", "arm64"), name
         assert reason, name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,11 +35,11 @@ SECONDS = 90.0
 def browser(folder: Path) -> Iterator[webdriver.Chrome]:
     """A browser with a fresh profile in `folder`; it is ended on leaving."""
     options = Options()
-    options.binary_location = "/usr/bin/chromium"
+    options.binary_location = program("chromium", "google-chrome", "chrome")
     for flag in (*FLAGS, f"--user-data-dir={folder / 'profile'}"):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    service = Service("/usr/bin/chromedriver", log_output=str(folder / "chromedriver.log"))
+    service = Service(program("chromedriver"), log_output=str(folder / "chromedriver.log"))
     driver = webdriver.Chrome(options=options, service=service)
     driver.set_page_load_timeout(SECONDS)
     driver.set_script_timeout(SECONDS)
@@ -46,6 +47,14 @@ def browser(folder: Path) -> Iterator[webdriver.Chrome]:
         yield driver
     finally:
         driver.quit()
+
+
+def program(*names: str) -> str:
+    """The first of these programs that is here; selenium would download one."""
+    for name in names:
+        if found := shutil.which(name):
+            return found
+    raise FileNotFoundError(f"none of {', '.join(names)} is in the PATH; ./tools/setup on Debian")
 
 
 def resize(driver: webdriver.Chrome, size: tuple[int, int]) -> None:
