@@ -37,6 +37,13 @@ def test_a_sealed_realm_is_served_as_any_other(
     assert daemon.stop() == 0
     assert other.stop() == 0
 
+    # rotation, by the commands: the new secret is in use, nothing needs the old one's chunks
+    for work in (("add", str(secrets)), ("use", str(secrets), "2"), ("reseal",)):
+        sealed.run("secrets", *work)
+    counted = sealed.run("secrets", "status", "--json").json()
+    assert (counted["active"], counted["secrets"]["1"]["chunk_bytes"]) == (2, 0)
+    sealed.run("verify", one)
+
     # a host whose setting is missing neither reads nor writes beside what is sealed
     missing = new_cubecache(store.as_uri())
     for command in (("preload", one), ("verify", one), ("gc",)):
