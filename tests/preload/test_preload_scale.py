@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from imagemaker.entries import Entry
+from imagemaker.entries import EPOCH, Entry, write_tar
+from imagemaker.layout import LayerSource, write_layout
+from imagemaker.layout import Settings as ImageSettings
 from kits.counting_registry import CountingRegistry, SilentRegistry
 from kits.image import write_image
 from kits.upgrading import SECONDS, ServedHost
@@ -37,6 +39,23 @@ def ended(host: ServedHost, identity: str) -> dict[str, Any]:
         assert time.monotonic() < deadline, job
 
 
+def large_image(directory: Path, rng: random.Random, size: int) -> Path:
+    """An image of incompressible layers, one at a time in memory."""
+    sources = []
+    count = max(8, size // (256 << 20))
+    for number in range(count):
+        part = size // count // 4
+        entries = [Entry(f"f{number}-{n}", content=rng.randbytes(part)) for n in range(4)]
+        path = directory / f"layer-{number}.tar"
+        path.write_bytes(write_tar(entries, ordered=True))
+        sources.append(LayerSource(path, "none", "test"))
+    folder = directory / "image"
+    write_layout(folder, "latest", sources, ImageSettings(), epoch=EPOCH)
+    for source in sources:
+        source.tar.unlink()
+    return folder
+
+
 @pytest.mark.parametrize(
     ("size", "kills", "rate", "pause"),
     [(SMALL, 3, 8 << 20, 0.5), pytest.param(LARGE, 10, LARGE // 50, 8, marks=pytest.mark.soak)],
@@ -48,14 +67,7 @@ def test_killed_at_random_moments_it_fetches_nothing_twice(
     seed = int(os.environ.get("CUBECACHE_TEST_SEED", random.randrange(1 << 32)))
     print(f"seed {seed}")
     rng = random.Random(seed)
-    part = size // 8
-    layers = [
-        [Entry(f"f{layer}-{n}", content=rng.randbytes(part // 4)) for n in range(4)]
-        for layer in range(8)
-    ]
-    folder = tmp_path / "image"
-    write_image(folder, layers, compression="none")
-    del layers
+    folder = large_image(tmp_path, rng, size)
     with CountingRegistry(folder) as registry, ServedHost(tmp_path / "state") as host:
         with ServedHost(tmp_path / "alone") as alone:
             (line,) = alone.cubecache("preload", f"oci:{folder}:latest", "--json").splitlines()
