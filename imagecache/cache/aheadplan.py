@@ -16,7 +16,7 @@ from dataclasses import dataclass
 STREAMS = 8
 SKIP = 2  # extents that a reader may leave out and still count as going forward
 FIRST_WINDOW = 4
-MAX_WINDOW = 64  # extents, 16 MiB where chunks are full
+MAX_WINDOW = 128  # extents, 32 MiB where chunks are full
 REST_OF_FILE = 4  # a file's rest is asked for at once where it is at most so many windows long
 
 

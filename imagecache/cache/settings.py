@@ -67,7 +67,7 @@ class FetchSettings:
     demand_gap_bytes: int = 0  # a gap costs bytes and saves GETs; demand reads run side by side
     ahead_gap_bytes: int = 64 << 10
     demand_gets: int = 32
-    prefetch_gets: int = 4
+    prefetch_gets: int = 8
     fill_gets: int = 2
     max_queued_ahead: int = 4096  # chunks; what is asked for ahead beyond it is dropped
     decoders: int = 2
