@@ -167,7 +167,8 @@ class PodLife:
                 for life in self._lives.values():
                     life.lost(message)
                 self.status.message = message[: words.MESSAGE_LIMIT]
-                if self.pod.restart is RestartPolicy.NEVER:
+                ran = any(status.started for status in self.status.containers)
+                if ran and self.pod.restart is RestartPolicy.NEVER:
                     self.status.failed = True
                     return
                 delay = machines.next_delay(time.monotonic() - begun)

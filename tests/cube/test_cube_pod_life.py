@@ -211,8 +211,9 @@ def test_a_disk_keeps_its_data_from_job_to_job(host: PodHost):
         "r", JOB.replace("NAME", "reader").replace("COMMAND", "cat /data/f; exit 9")
     )
     host.call("run", reader, expect=None)
-    until("the job to fail", lambda: host.state_of("reader")["state"] == "Error")
-    assert host.state_of("reader")["containers"][0]["code"] == 9
+    until("the job to fail", lambda: host.state_of("reader")["phase"] == "Failed")
+    status = host.state_of("reader")
+    assert status["containers"][0]["code"] == 9, status
     assert host.call("logs", "reader") == "kept\n"
     host.call("delete", "reader")
     assert host.json("list")["pods"] == []

@@ -103,10 +103,11 @@ class PodHost:
         return sorted(found)
 
     def kill(self, mark: str, number: int = signal.SIGKILL) -> None:
-        """Signals them, and waits until they are gone."""
-        for pid in self.processes(mark):
+        """Signals them, and waits until these are gone; the keeper may start others."""
+        ended = self.processes(mark)
+        for pid in ended:
             os.kill(pid, number)
-        until(f"{mark} to end", lambda: not self.processes(mark), 60)
+        until(f"{mark} to end", lambda: not set(ended) & set(self.processes(mark)), 60)
 
     def close(self) -> None:
         """Ends what the commands have left running."""
