@@ -1,4 +1,4 @@
-"""What sealing costs: chunks encoded, sealed, opened and decoded; small objects; processor time of one core.
+"""What sealing costs, in processor time of one core: of chunks, and of small objects.
 
 Chunks are 256 KiB windows of a real layer's files. `./tools/bench sealing`.
 """

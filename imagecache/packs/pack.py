@@ -117,7 +117,7 @@ def read_table(
 ) -> tuple[PackedChunk, ...]:
     """The rows of a pack's stored table.
 
-    Raises Corrupt for a row that leaves the pack's data or a broken seal, Denied without the secret.
+    Raises Corrupt for a row that leaves the data, or a broken seal; Denied without its secret.
     """
     data_end = pack_length - len(table) - TRAILER.size
     table = seals.open_table(key_id, table)
