@@ -111,5 +111,5 @@ class PodHost:
 
     def close(self) -> None:
         """Ends what the commands have left running."""
-        for mark in ("cube.keeper", "cubecache-vm", "serve"):
+        for mark in ("cube.keeper", "cubecache-vm", "\0serve"):
             self.kill(mark)
