@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from imagecache.blockimage.locations import Location
 
-MAX_CHUNKS = 64  # 16 MiB of plaintext at most
+MAX_CHUNKS = 32  # 8 MiB of plaintext at most
 
 
 @dataclass(frozen=True, slots=True)
