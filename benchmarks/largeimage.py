@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 import tarfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def large_layout(cache: Path) -> Path:
         raise SystemExit(f"large: {cache} needs {FREE_BYTES >> 30} GiB free")
     shutil.rmtree(folder, ignore_errors=True)
     hole = APPARENT_BYTES - WEIGHTS_BYTES - TEXT_BYTES
-    layers = [
+    layers: list[Callable[[tarfile.TarFile], None]] = [
         partial(noise_layer, name=WEIGHTS, size=WEIGHTS_BYTES),
         partial(text_layer, layer=1, size=TEXT_BYTES),
         partial(sparse_layer, name="models/sparse.img", size=hole),

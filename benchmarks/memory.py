@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import nbd
+import nbd  # type: ignore[import-untyped]  # libnbd has no types
 from large import text_layer, write_layout
 from processtree import measured
 from testbed.machine import ROOT, commit, machine

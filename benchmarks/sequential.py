@@ -28,7 +28,7 @@ from typing import Any
 
 import aiohttp
 import boto3
-import nbd
+import nbd  # type: ignore[import-untyped]  # libnbd has no types
 from botocore.config import Config
 from large import noise_layer, write_layout
 from shaped import LINKS, Link

@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from chrooted import mount_and_run
 from shaped import Link
@@ -145,5 +146,5 @@ def read_set(settings: Settings, reference: str) -> int:
         capture_output=True,
         env=os.environ | store_environment(),
     ).stdout
-    known = json.loads(said)
-    return int(known["bytes"]) + sum(part["length"] for part in known["metadata"])
+    known: dict[str, Any] = json.loads(said)
+    return int(known["bytes"]) + sum(int(part["length"]) for part in known["metadata"])
