@@ -6,8 +6,10 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from imagecache.buckets import BOUNDS, Buckets
 from imagecache.composition import ImageRequest
 from imagecache.daemon import metrics
 from imagecache.daemon.exports import LiveExport
@@ -84,3 +86,16 @@ async def test_labels_are_escaped_and_bounded(
     assert {OTHERS, hostile} <= names
     for name in [name for name in service._live if name != first.record.name]:
         del service._live[name]
+
+
+@pytest.mark.quick
+def test_buckets_count_up_to_each_bound() -> None:
+    times = Buckets()
+    assert times.quantile(0.99) is None
+    for seconds in (0.0, BOUNDS[0], 0.02, 99.0):
+        times.add(seconds)
+    found = dict(times.cumulative())
+    assert (found[str(BOUNDS[0])], found["0.01"], found["0.025"]) == (2, 2, 3)
+    assert (found["30.0"], found["+Inf"], times.count) == (3, 4, 4)
+    assert times.quantile(0.5) == BOUNDS[0]
+    assert times.quantile(1.0) == BOUNDS[-1]
