@@ -25,7 +25,6 @@ from preload.fanout import MergedProgress, Order, preload_on
 
 SMALL = 24 << 20
 LARGE = int(os.environ.get("CUBECACHE_TEST_LARGE_BYTES", 5 << 30))
-SLACK = 4 << 20  # what a killed process had received and not written
 
 
 def ended(host: ServedHost, identity: str) -> dict[str, Any]:
@@ -57,11 +56,15 @@ def large_image(directory: Path, rng: random.Random, size: int) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("size", "kills", "rate", "pause"),
-    [(SMALL, 3, 8 << 20, 0.5), pytest.param(LARGE, 10, LARGE // 50, 8, marks=pytest.mark.soak)],
+    # `lost`: what a killed process had received, but not written: most of it the kernel's buffers.
+    ("size", "kills", "rate", "pause", "lost"),
+    [
+        (SMALL, 3, 8 << 20, 0.5, 4 << 20),
+        pytest.param(LARGE, 10, LARGE // 50, 8, 32 << 20, marks=pytest.mark.soak),
+    ],
 )
 def test_killed_at_random_moments_it_fetches_nothing_twice(
-    tmp_path: Path, *, size: int, kills: int, rate: int, pause: float
+    tmp_path: Path, *, size: int, kills: int, rate: int, pause: float, lost: int
 ) -> None:
     """I9: the same digest as undisturbed, and what was stored is not fetched again."""
     seed = int(os.environ.get("CUBECACHE_TEST_SEED", random.randrange(1 << 32)))
@@ -88,7 +91,7 @@ def test_killed_at_random_moments_it_fetches_nothing_twice(
         assert job["state"] == "done", job
         assert job["result"]["block_image"] == wanted["block_image"]
         print(f"{registry.bytes} bytes of layers, {registry.layer_bytes} fetched, {kills} kills")
-        assert registry.layer_bytes <= registry.bytes + kills * SLACK
+        assert registry.layer_bytes <= registry.bytes + kills * lost
         host.stop()
 
 
