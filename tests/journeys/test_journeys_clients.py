@@ -71,6 +71,7 @@ def written_by_fio(path: Path, offset: int) -> bytes:
     tool(
         "fio",
         "--name=fill",
+        "--verify_state_save=0",
         "--ioengine=psync",
         f"--filename={path}",
         f"--offset={offset}",
