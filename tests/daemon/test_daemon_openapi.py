@@ -129,6 +129,9 @@ def furnished(url: str, token: str, folder: Path) -> tuple[str, str, str]:
         assert time.monotonic() < deadline, job
         job = call("GET", f"/v1/preloads/{job['id']}?wait=5&since={job['version']}")
     export = call("POST", "/v1/exports", {"image": image})
+    # Schemas allow more than they name: here they name all that is answered.
+    for answer, schema in ((job, "Preload"), (export, "Export")):
+        assert set(answer) == set(SCHEMAS[schema]["properties"]), schema
     return export["name"], job["result"]["image"], job["id"]
 
 
