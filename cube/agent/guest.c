@@ -309,6 +309,9 @@ void guest_loopback_up(void)
 _Noreturn void guest_power_off(void)
 {
     sync();
+    /* Firecracker has no power switch: it ends when its guest resets (reboot=k). */
+    if (guest_cmdline_word("cube.vsock"))
+        reboot(RB_AUTOBOOT);
     reboot(RB_POWER_OFF);
     for (;;)
         pause();

@@ -79,15 +79,22 @@ class AdoptedMachine:
         return []
 
 
-async def adopt(pid: int, started: int, channel_path: Path, *, limit: int) -> AdoptedMachine:
-    """The machine that process is, its channel connected; raises MachineFailed where it is gone."""
+def handle_of(pid: int, started: int) -> int:
+    """A descriptor of the process, to signal and to await it; raises MachineFailed."""
     try:
         descriptor = os.pidfd_open(pid)
     except OSError as error:
         raise MachineFailed(f"the machine's process {pid} is gone") from error
+    if process_start(pid) != started:
+        os.close(descriptor)
+        raise MachineFailed(f"the machine's process {pid} is gone")
+    return descriptor
+
+
+async def adopt(pid: int, started: int, channel_path: Path, *, limit: int) -> AdoptedMachine:
+    """The machine that process is, its channel connected; raises MachineFailed where it is gone."""
+    descriptor = handle_of(pid, started)
     try:
-        if process_start(pid) != started:
-            raise MachineFailed(f"the machine's process {pid} is gone")
         channel = await asyncio.wait_for(_connected(channel_path), _CONNECT_SECONDS)
         reader, writer = await asyncio.open_unix_connection(sock=channel, limit=limit)
     except (OSError, TimeoutError) as error:

@@ -16,7 +16,7 @@ from cube.vm.qemu import QemuDriver, emulator, emulator_version
 from cube.vm.qemu_command import Platform, kvm_flags
 from cube.vm.seam import MachineSpec
 
-_PROBE_MARK: Final = b"cube-agent: probe-ok"
+PROBE_MARK: Final = b"cube-agent: probe-ok"
 _DEADLINES: Final[Mapping[str, float]] = {"kvm": 10, "tcg": 90}  # seconds
 _KVM: Final = Path("/dev/kvm")
 
@@ -34,7 +34,7 @@ async def choose_platform(cache: Path, files: GuestFiles) -> Platform:
             await emulator_version(program),
             str(files.kernel),
             str(files.kernel.stat().st_mtime_ns),
-            str(_kvm_may_work()),
+            str(kvm_may_work()),
         )
     )
     record = cache / "platform.json"
@@ -61,11 +61,12 @@ async def choose_platform(cache: Path, files: GuestFiles) -> Platform:
 
 def _candidates(program: Path) -> list[tuple[str, str]]:
     machines = ["virt"] if program.name.endswith("aarch64") else ["microvm", "q35"]
-    accelerators = ["kvm", "tcg"] if _kvm_may_work() else ["tcg"]
+    accelerators = ["kvm", "tcg"] if kvm_may_work() else ["tcg"]
     return [(machine, accelerator) for accelerator in accelerators for machine in machines]
 
 
-def _kvm_may_work() -> bool:
+def kvm_may_work() -> bool:
+    """Whether trying KVM makes sense: only booting a machine proves it."""
     # A host can offer /dev/kvm that runs nothing; without the processor's flags none can.
     return os.access(_KVM, os.R_OK | os.W_OK) and kvm_flags(Path("/proc/cpuinfo").read_text())
 
@@ -107,4 +108,4 @@ async def _boots(platform: Platform, files: GuestFiles) -> list[str]:
             ]
         finally:
             await machine.stop()
-        return [] if machine.console.contains(_PROBE_MARK) else machine.last_words() or ["silence"]
+        return [] if machine.console.contains(PROBE_MARK) else machine.last_words() or ["silence"]

@@ -7,7 +7,6 @@ import contextlib
 import os
 import shutil
 import socket
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -16,17 +15,11 @@ from cube.vm.adopted import AdoptedMachine, adopt
 from cube.vm.qemu_command import Platform, check_spec, command
 from cube.vm.seam import MachineSpec
 from cube.vm.tail import Tail
+from cube.vm.tie import tie
 from imagecache.errors import Unavailable, Unsupported
 
 CHANNEL_SOCKET: Final = "agent.sock"
 _READ_LIMIT: Final = 1024 * 1024
-# setpriv ties the process to its parent's life; the shell closes the gap in which the parent has
-# died already, when the tie would never act.
-_TIED: Final = (
-    *("setpriv", "--pdeathsig", "KILL", "sh", "-c"),
-    'owner=$1; shift; [ "$PPID" = "$owner" ] && exec "$@"',
-    "cubecache-vm",
-)
 
 
 def emulator() -> Path:
@@ -136,9 +129,8 @@ class QemuDriver:
                 channel_fd=listener.fileno(),
                 console_fd=console_far.fileno(),
             )
-            tie: Sequence[str] = (*_TIED, str(os.getpid())) if spec.dies_with_owner else ()
             process = await asyncio.create_subprocess_exec(
-                *tie,
+                *tie(dies_with_owner=spec.dies_with_owner),
                 *words,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.DEVNULL,

@@ -8,8 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from cube.vm.seam import MIB, SERIAL_LIMIT, Disk, MachineSpec, NbdDisk, Nic, TapNic
-from imagecache.errors import LimitExceeded, UsageError
+from cube.vm.seam import (
+    MIB,
+    SERIAL_LIMIT,
+    FileDisk,
+    MachineSpec,
+    NbdDisk,
+    Nic,
+    Rates,
+    TapNic,
+    VhostUserDisk,
+)
+from imagecache.errors import LimitExceeded, Unsupported, UsageError
 
 MICROVM_SLOTS: Final = 24  # virtio-mmio transports of a microvm; the 25th device has no place
 PCI_SLOTS: Final = 28  # free ones on the root bus of q35 and virt
@@ -52,6 +62,9 @@ def kernel_command_line(platform: Platform, spec: MachineSpec) -> str:
             # An emulated microvm has neither HPET nor PM timer. Where the kernel's calibration
             # against the PIT fails (a busy host), it hangs; so it is told the rate.
             words.append(f"tsc_early_khz={spec.tsc_khz}")
+    if shares_memory(spec):
+        # A vhost-user disk has no serial of our choice, so all are known by their order.
+        words.append(disk_order(spec))
     words += spec.kernel_arguments
     line = " ".join(words)
     if len(line) > COMMAND_LINE_LIMIT:
@@ -59,15 +72,23 @@ def kernel_command_line(platform: Platform, spec: MachineSpec) -> str:
     return line
 
 
+def disk_order(spec: MachineSpec) -> str:
+    """The word of the kernel's command line that tells the agent its disks, in their order."""
+    return "cube.disks=" + ",".join(disk.serial for disk in spec.disks)
+
+
+def shares_memory(spec: MachineSpec) -> bool:
+    """Whether another process works in the guest's memory."""
+    return any(isinstance(disk, VhostUserDisk) for disk in spec.disks)
+
+
 def check_spec(platform: Platform, spec: MachineSpec) -> None:
-    """Raises LimitExceeded or UsageError, naming what the machine cannot have."""
-    if not MEMORY_MINIMUM <= spec.memory_bytes <= MEMORY_MAXIMUM:
-        raise LimitExceeded(
-            f"{spec.memory_bytes // MIB} MiB of memory: a machine has "
-            f"{MEMORY_MINIMUM // MIB} MiB to {MEMORY_MAXIMUM // MIB} MiB"
+    """Raises LimitExceeded, UsageError or Unsupported, naming what the machine cannot have."""
+    if spec.rates.network_bytes:
+        raise Unsupported(
+            "QEMU does not limit the rate of network cards", remedy="limit the tap with tc"
         )
-    if not 1 <= spec.cpus <= CPUS_MAXIMUM:
-        raise LimitExceeded(f"{spec.cpus} processors: a machine has 1 to {CPUS_MAXIMUM}")
+    check_size(spec, CPUS_MAXIMUM)
     slots = MICROVM_SLOTS if platform.mmio else PCI_SLOTS
     devices = ["the agent's serial port", *(f"network card {nic.mac}" for nic in spec.nics)]
     devices += [f"disk {disk.serial}" for disk in spec.disks]
@@ -76,6 +97,17 @@ def check_spec(platform: Platform, spec: MachineSpec) -> None:
             f"{devices[slots]} does not fit: a {platform.machine} machine has {slots} slots, and "
             f"{len(devices)} devices are asked for"
         )
+
+
+def check_size(spec: MachineSpec, cpus_maximum: int) -> None:
+    """Raises LimitExceeded for memory and processors, UsageError for serials."""
+    if not MEMORY_MINIMUM <= spec.memory_bytes <= MEMORY_MAXIMUM:
+        raise LimitExceeded(
+            f"{spec.memory_bytes // MIB} MiB of memory: a machine has "
+            f"{MEMORY_MINIMUM // MIB} MiB to {MEMORY_MAXIMUM // MIB} MiB"
+        )
+    if not 1 <= spec.cpus <= cpus_maximum:
+        raise LimitExceeded(f"{spec.cpus} processors: a machine has 1 to {cpus_maximum}")
     serials = [disk.serial for disk in spec.disks]
     for serial in serials:
         if not 0 < len(serial.encode()) <= SERIAL_LIMIT or serials.count(serial) > 1:
@@ -108,27 +140,28 @@ def command(
     words += ["-device", f"virtserialport,chardev=agent,name={AGENT_PORT}"]
     for index, nic in enumerate(spec.nics):
         words += _network(f"net{index}", nic, suffix)
-    limited = spec.rates.disk_bytes or spec.rates.disk_operations
-    if limited:
-        words += ["-object", json.dumps(_throttle(spec))]
+    if shares_memory(spec):
+        size = f"{spec.memory_bytes // MIB}M"
+        words += ["-object", f"memory-backend-memfd,id=memory,size={size},share=on"]
+        words += ["-machine", "memory-backend=memory"]
+        if platform.mmio:
+            # Servers of vhost-user speak virtio 1, a microvm's slots by default what was before it.
+            words += ["-global", "virtio-mmio.force-legacy=false"]
+    words += throttle_words(spec.rates)
     for index, disk in enumerate(spec.disks):
-        node = _block_node(f"disk{index}", disk)
-        if limited:
-            # The name goes to the outer node, which is what the device names.
-            inner = {**node, "node-name": f"below{index}"}
-            node = {
-                "driver": "throttle",
-                "node-name": f"disk{index}",
-                "read-only": disk.read_only,
-                "throttle-group": _GROUP,
-                "file": inner,
+        if isinstance(disk, VhostUserDisk):
+            path = str(disk.socket).replace(",", ",,")
+            words += ["-chardev", f"socket,id=disk{index},path={path},reconnect=1"]
+            device = {"driver": "vhost-user-blk", "chardev": f"disk{index}"}
+            if suffix == "pci":
+                device["driver"] = "vhost-user-blk-pci"
+        else:
+            words += ["-blockdev", json.dumps(disk_node(index, disk, spec.rates))]
+            device = {
+                "driver": f"virtio-blk-{suffix}",
+                "drive": f"disk{index}",
+                "serial": disk.serial,
             }
-        words += ["-blockdev", json.dumps(node)]
-        device = {
-            "driver": f"virtio-blk-{suffix}",
-            "drive": f"disk{index}",
-            "serial": disk.serial,
-        }
         words += ["-device", json.dumps(device)]
     return words
 
@@ -147,13 +180,31 @@ def _network(identity: str, nic: Nic, suffix: str) -> list[str]:
     return ["-netdev", backend, "-device", json.dumps(device)]
 
 
-def _throttle(spec: MachineSpec) -> dict[str, object]:
-    limits = {"bps-total": spec.rates.disk_bytes, "iops-total": spec.rates.disk_operations}
+def throttle_words(rates: Rates) -> list[str]:
+    """The group that a machine's disks share, where they are limited."""
+    limits = {"bps-total": rates.disk_bytes, "iops-total": rates.disk_operations}
     given = {name: value for name, value in limits.items() if value}
-    return {"qom-type": "throttle-group", "id": _GROUP, "limits": given}
+    if not given:
+        return []
+    group = {"qom-type": "throttle-group", "id": _GROUP, "limits": given}
+    return ["-object", json.dumps(group)]
 
 
-def _block_node(node: str, disk: Disk) -> dict[str, object]:
+def disk_node(index: int, disk: NbdDisk | FileDisk, rates: Rates) -> dict[str, object]:
+    """A disk as QEMU's block layer takes it, named `diskINDEX`; throttled where that is asked."""
+    if not (rates.disk_bytes or rates.disk_operations):
+        return _block_node(f"disk{index}", disk)
+    # The name goes to the outer node, which is what the device names.
+    return {
+        "driver": "throttle",
+        "node-name": f"disk{index}",
+        "read-only": disk.read_only,
+        "throttle-group": _GROUP,
+        "file": _block_node(f"below{index}", disk),
+    }
+
+
+def _block_node(node: str, disk: NbdDisk | FileDisk) -> dict[str, object]:
     if isinstance(disk, NbdDisk):
         return {
             "driver": "nbd",

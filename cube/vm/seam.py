@@ -31,7 +31,18 @@ class FileDisk:
     read_only: bool = True
 
 
-Disk = NbdDisk | FileDisk
+@dataclass(frozen=True, slots=True)
+class VhostUserDisk:
+    """A disk that another process (SPDK, qemu-storage-daemon) serves as vhost-user-blk on a unix
+    socket; that process says whether it can be written. It needs the guest's memory to be shared.
+    """
+
+    serial: str
+    socket: Path
+    read_only: bool = True
+
+
+Disk = NbdDisk | FileDisk | VhostUserDisk
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +76,13 @@ Nic = UserNic | TapNic
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What a machine's disks may do a second, all together; 0 = no limit."""
+    """What a machine may do a second; 0 = no limit. Disks all together, but for those whose
+    server is not ours (VhostUserDisk); each network card by itself and in each direction.
+    """
 
     disk_bytes: int = 0
     disk_operations: int = 0
+    network_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
