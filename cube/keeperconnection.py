@@ -121,6 +121,23 @@ class KeeperConnection:
         return answer
 
     @contextlib.asynccontextmanager
+    async def lines_of(self, path: str) -> AsyncIterator[AsyncIterator[bytes]]:
+        """An answer that has no end, line by line; Unavailable when the keeper ends."""
+        timeout = aiohttp.ClientTimeout(total=None)
+        try:
+            async with self.open.get(f"http://pods{path}", timeout=timeout) as response:
+                if response.status >= 400:
+                    raise from_record(await response.json())
+                yield self._lines(response.content)
+        except (aiohttp.ClientError, OSError) as error:
+            raise self._absent() from error
+
+    async def _lines(self, content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
+        while (line := await content.readline()).endswith(b"\n"):
+            yield line
+        raise self._absent()
+
+    @contextlib.asynccontextmanager
     async def socket_to(self, path: str) -> AsyncIterator[PodSession]:
         try:
             socket = await self.open.ws_connect(f"http://pods{path}", max_msg_size=_LINE_LIMIT)

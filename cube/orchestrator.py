@@ -15,8 +15,6 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import aiohttp
-
 from cube.keeper.logfile import LogLine, LogQuery, read_log
 from cube.keeper.sets import SetStatus
 from cube.keeper.status import PodStatus
@@ -138,11 +136,13 @@ class Cube:
         return [PodStatus.model_validate(one) for one in answer["pods"]]
 
     async def watch(self, *, since: int = -1) -> AsyncIterator[PodStatus]:
-        """Pods as they change, what changed after version `since` first; until the caller ends."""
-        timeout = aiohttp.ClientTimeout(total=None)
-        url = f"http://pods/v1/watch?since={since}"
-        async with self._keeper.open.get(url, timeout=timeout) as response:
-            while line := await response.content.readline():
+        """Pods as they change, what changed after version `since` first; until the caller ends.
+
+        A pod that is deleted is not told. LimitExceeded for too many watchers; Unavailable where no
+        keeper answers, or when it ends.
+        """
+        async with self._keeper.lines_of(f"/v1/watch?since={since}") as lines:
+            async for line in lines:
                 yield PodStatus.model_validate_json(line)
 
     async def stop(self, key: str, *, grace_seconds: float | None = None) -> PodStatus:

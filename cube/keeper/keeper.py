@@ -11,7 +11,7 @@ import subprocess
 import time
 import uuid
 import weakref
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, TypeVar
@@ -34,7 +34,8 @@ _LOG = logging.getLogger("cube.keeper")
 T = TypeVar("T")
 POD_LIMIT: Final = 1000
 _DAEMON_SECONDS: Final = 2.0
-_WATCHER_LIMIT: Final = 100
+WATCHER_LIMIT: Final = 100
+_QUIET_SECONDS: Final = 5.0
 _UID_LENGTH: Final = 12
 _END_SECONDS: Final = 120.0
 
@@ -269,23 +270,14 @@ class Keeper:
         if self._flushing is None:
             self._flushing = asyncio.create_task(self._flush())
 
-    async def watch(self, since: int) -> AsyncIterator[PodStatus]:
-        """Pods as they change, those changed after `since` first; for ever."""
-        if self._watchers >= _WATCHER_LIMIT:
-            raise LimitExceeded(f"{_WATCHER_LIMIT} watchers are there already")
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """A watcher's place; LimitExceeded where there is none."""
+        if self._watchers >= WATCHER_LIMIT:
+            raise LimitExceeded(f"{WATCHER_LIMIT} watchers are there already")
         self._watchers += 1
         try:
-            while True:
-                newer = [life.status for life in self._lives.values()]
-                newer = [status for status in newer if status.version > since]
-                for status in sorted(newer, key=lambda status: status.version):
-                    yield status
-                    since = max(since, status.version)
-                async with self._news:
-                    if self._version <= since:
-                        await self._news.wait()
-                    elif not newer:
-                        since = self._version
+            yield
         finally:
             self._watchers -= 1
 
@@ -304,6 +296,24 @@ class Keeper:
         """Returns at the next change of any pod, or when the time is up."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(max(seconds, 0)), self._news:
+    async def watch(self, since: int) -> AsyncIterator[PodStatus | None]:
+        """Pods as they change, those changed after `since` first; for ever. Inside `watching`.
+
+        None where nothing has changed for a while: whoever asked may have gone.
+        """
+        while True:
+            # One at a time: while one is written, others change again.
+            newer = [x.status for x in self._lives.values() if x.status.version > since]
+            if newer:
+                status = min(newer, key=lambda status: status.version)
+                since = status.version
+                yield status
+                continue
+            version = self._version
+            await self.next_change(_QUIET_SECONDS)
+            if self._version == version:
+                yield None
+
                 await self._news.wait()
 
     async def _flush(self) -> None:

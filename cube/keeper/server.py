@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
@@ -191,12 +192,18 @@ async def _stats(request: web.Request) -> web.Response:
 
 
 async def _watch(request: web.Request) -> web.StreamResponse:
+    keeper = request.app[_KEY]
+    since = request.query.get("since", "-1")
+    if not re.fullmatch(r"-?[0-9]{1,18}", since):
+        raise Rejected(f"since is a pod's version, and not {since[:40]!r}")
     response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
-    await response.prepare(request)
-    since = int(request.query.get("since", "-1"))
-    with contextlib.suppress(ConnectionResetError):
-        async for status in request.app[_KEY].watch(since):
-            await response.write(status.model_dump_json().encode() + b"\n")
+    with keeper.watching(), contextlib.suppress(ConnectionResetError):
+        await response.prepare(request)
+        async for status in keeper.watch(int(since)):
+            if status is not None:
+                await response.write(status.model_dump_json().encode() + b"\n")
+            elif request.transport is None or request.transport.is_closing():
+                break
     return response
 
 
