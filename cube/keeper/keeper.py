@@ -281,21 +281,6 @@ class Keeper:
         finally:
             self._watchers -= 1
 
-    async def wait_for(
-        self, key: str, until: Callable[[PodStatus], bool], seconds: float
-    ) -> PodStatus:
-        """The pod's status once it satisfies; what it is when the time is up. NotFound."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                while not until(self.get(key).status):
-                    async with self._news:
-                        await self._news.wait()
-        return self.get(key).status
-
-    async def next_change(self, seconds: float) -> None:
-        """Returns at the next change of any pod, or when the time is up."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(max(seconds, 0)), self._news:
     async def watch(self, since: int) -> AsyncIterator[PodStatus | None]:
         """Pods as they change, those changed after `since` first; for ever. Inside `watching`.
 
@@ -314,6 +299,21 @@ class Keeper:
             if self._version == version:
                 yield None
 
+    async def wait_for(
+        self, key: str, until: Callable[[PodStatus], bool], seconds: float
+    ) -> PodStatus:
+        """The pod's status once it satisfies; what it is when the time is up. NotFound."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while not until(self.get(key).status):
+                    async with self._news:
+                        await self._news.wait()
+        return self.get(key).status
+
+    async def next_change(self, seconds: float) -> None:
+        """Returns at the next change of any pod, or when the time is up."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(seconds, 0)), self._news:
                 await self._news.wait()
 
     async def _flush(self) -> None:
