@@ -20,10 +20,10 @@ from cube.keeper.sets import SetStatus
 from cube.keeper.status import PodStatus
 from cube.keeperconnection import KeeperConnection
 from cube.pod.manifests import Manifests, parse_manifests
-from cube.pod.model import Pod, PodSet
+from cube.pod.model import DRIVERS, DriverName, Pod, PodSet
 from cube.pod.volumes import Policy
 from cube.podsession import PodSession
-from imagecache.errors import NotFound, Rejected, Unavailable
+from imagecache.errors import NotFound, Rejected, Unavailable, UsageError
 from imagecache.session import Session, Settings
 
 CALL_SECONDS: Final = 120.0
@@ -34,6 +34,7 @@ _ANSWER_LIMIT: Final = 64 * 1024 * 1024
 _LINE_LIMIT: Final = 4 * 1024 * 1024
 _MANIFEST_LIMIT: Final = 4 * 1024 * 1024
 _HOST_PATHS: Final = "CUBECACHE_POD_HOST_PATHS"
+_DRIVER: Final = "CUBECACHE_POD_DRIVER"
 
 
 class Cube:
@@ -46,12 +47,16 @@ class Cube:
         store: str | None = None,
         settings: Settings | None = None,
         policy: Policy | None = None,
+        driver: str | None = None,
     ) -> None:
-        """Where nothing is given, what configuration and environment say."""
+        """Where nothing is given, what configuration and environment say. `driver` (qemu or
+        firecracker) is for pods that name none themselves. Raises UsageError.
+        """
         if settings is None:
             given = Path(state_dir).absolute() if state_dir is not None else None
             settings = Session(None, given, store).settings
         self._keeper = KeeperConnection(settings)
+        self._driver = chosen_driver(driver or os.environ.get(_DRIVER, ""))
         self._policy = policy or host_policy(os.environ.get(_HOST_PATHS, ""))
 
     async def __aenter__(self) -> Cube:
@@ -101,6 +106,7 @@ class Cube:
     async def apply(self, pod: Pod) -> PodStatus:
         """Makes the pod be as it says, and returns at once; one that is so already stays."""
         await self.ensure_keeper()
+        pod = self._driven(pod)
         # No deadline: a pod that is changed ends first, within its grace.
         answer = await self._keeper.call("POST", "/v1/pods", pod.model_dump_json(), seconds=None)
         return _status(answer)
@@ -160,6 +166,7 @@ class Cube:
     async def apply_set(self, wanted: PodSet) -> SetStatus:
         """Makes a set be as it says, and returns at once; its pods follow."""
         await self.ensure_keeper()
+        wanted = wanted.model_copy(update={"template": self._driven(wanted.template)})
         return _set(await self._keeper.call("POST", "/v1/sets", wanted.model_dump_json()))
 
     async def wait_set(self, key: str, *, seconds: float = READY_SECONDS) -> SetStatus:
@@ -276,6 +283,11 @@ class Cube:
         async with self._keeper.socket_to(f"/v1/pods/{key}/connect?port={port}") as session:
             yield session
 
+    def _driven(self, pod: Pod) -> Pod:
+        if self._driver is None or pod.driver is not None:
+            return pod
+        return pod.model_copy(update={"driver": self._driver})
+
     @staticmethod
     def _container(status: PodStatus, name: str | None) -> str:
         if name is None:
@@ -284,6 +296,14 @@ class Cube:
             known = ", ".join(one.name for one in status.containers)
             raise NotFound(f"pod {status.key} has no container {name!r}", remedy=f"it has {known}")
         return name
+
+
+def chosen_driver(name: str) -> DriverName | None:
+    """A driver's name, None where none is given; UsageError."""
+    found = next((one for one in DRIVERS if one == name), None)
+    if name and found is None:
+        raise UsageError(f"there is no driver {name!r}", remedy=f"one of {', '.join(DRIVERS)}")
+    return found
 
 
 def host_policy(paths: str) -> Policy:

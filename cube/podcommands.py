@@ -15,6 +15,7 @@ from cube.keeper.logfile import LogQuery
 from cube.keeper.sets import SetStatus
 from cube.keeper.status import PodStatus
 from cube.orchestrator import READY_SECONDS, Cube
+from cube.pod.model import DRIVERS
 from cube.podstreams import copy_files, forward_ports, run_program
 from imagecache.errors import UsageError
 from imagecache.session import Session, json_option
@@ -28,11 +29,13 @@ def pod() -> None:
     """Run Kubernetes pods in microVMs, one machine a pod."""  # shown by `cube.cli`'s lazy twin
 
 
-def answer_of(session: Session, work: Callable[[Cube], Coroutine[Any, Any, T]]) -> T:
+def answer_of(
+    session: Session, work: Callable[[Cube], Coroutine[Any, Any, T]], *, driver: str | None = None
+) -> T:
     """Runs work with an open Cube."""
 
     async def call() -> T:
-        async with Cube(settings=session.settings) as cube:
+        async with Cube(settings=session.settings, driver=driver) as cube:
             await cube.revive()
             return await work(cube)
 
@@ -45,9 +48,14 @@ def answer_of(session: Session, work: Callable[[Cube], Coroutine[Any, Any, T]]) 
 @click.argument("file", type=click.Path(path_type=Path, allow_dash=True))
 @click.option("--no-wait", is_flag=True, help="Return once they are recorded.")
 @click.option("--timeout", type=click.FloatRange(min=0.001), default=READY_SECONDS)
+@click.option(
+    "--driver",
+    type=click.Choice(DRIVERS),
+    help="What starts machines; default: CUBECACHE_POD_DRIVER, or qemu.",
+)
 @json_option
 @click.pass_obj
-def run(session: Session, *, file: Path, no_wait: bool, timeout: float) -> int:
+def run(session: Session, *, file: Path, no_wait: bool, timeout: float, driver: str | None) -> int:
     """Apply a manifest: start its pods, change those that are different, leave the rest.
 
     Waits until each pod is ready, over, or in trouble; then the exit status is 1. What pods need
@@ -66,7 +74,7 @@ def run(session: Session, *, file: Path, no_wait: bool, timeout: float) -> int:
             pods, sets = await asyncio.gather(asyncio.gather(*waits), asyncio.gather(*set_waits))
         return pods, sets
 
-    pods, sets = answer_of(session, work)
+    pods, sets = answer_of(session, work, driver=driver)
     answer = {name: [one.model_dump() for one in group] for name, group in _named(pods, sets)}
     lines = [*map(_line, pods), *map(_set_line, sets)]
     session.terminal.answer(answer, "\n".join(lines))

@@ -25,6 +25,12 @@ def claim_path(state: Path, claim: str) -> Path:
     return state / "volumes" / f"{claim}.img"
 
 
+def claim_socket(state: Path, claim: str) -> Path | None:
+    """Where another process serves the claim over vhost-user, if one does: beside its disk."""
+    path = claim_path(state, claim).with_suffix(".sock")
+    return path if path.is_socket() else None
+
+
 def provide_disk(state: Path, directory: Path, wish: DiskWish, *, first: bool) -> Path:
     """The wished disk's file, made where it is missing; `first` where a forced format is due.
 

@@ -47,7 +47,7 @@ _ROOT_USERS: Final = ("", "0", "root")
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What is known of a pod once it is placed."""
+    """What is known of a pod once it is placed; without a `mac` it has no network card."""
 
     uid: str
     address: str
@@ -146,7 +146,9 @@ def plan_machine(pod: Pod, images: Mapping[str, Image], facts: Facts, *, sync_ke
                 addresses=(f"{facts.address}/{facts.prefix}",),
                 gateway=facts.gateway,
             ),
-        ),
+        )
+        if facts.mac
+        else (),
         volumes=tuple(volumes),
         tools_disk=TOOLS_SERIAL if wants_tools else "",
         sync_key=sync_key,

@@ -19,11 +19,12 @@ from typing import Final, TypeVar
 from cube.guest import assets
 from cube.guest.assets import ensure_guest
 from cube.keeper.orphans import Orphan, find_orphans
-from cube.keeper.placing import Equipment
+from cube.keeper.placing import FIRECRACKER, Equipment, check_firecracker_pod
 from cube.keeper.podlife import PodLife
 from cube.keeper.record import PodRow, Record
 from cube.keeper.status import PodStatus, first_status
 from cube.pod.model import BlockVolume, Pod
+from cube.vm.firecracker_host import choose_firecracker, find_firecracker
 from cube.vm.platform import choose_platform
 from cube.vm.qemu import QemuDriver
 from imagecache.errors import Busy, CubecacheError, LimitExceeded, NotFound
@@ -58,7 +59,7 @@ class Keeper:
         self._client: Client | None = None
         self._daemon: subprocess.Popen[bytes] | None = None
         self._daemon_lock = asyncio.Lock()
-        self._equipment: asyncio.Task[Equipment] | None = None
+        self._equipment: dict[str, asyncio.Task[Equipment]] = {}
         self._tools: asyncio.Task[Path] | None = None
         self._watching: asyncio.Task[None] | None = None
         self._watchers = 0
@@ -90,7 +91,7 @@ class Keeper:
     async def close(self) -> None:
         """Leaves machines running and lets go of everything else."""
         tasks = [*self._tasks.values()]
-        singles = (self._watching, self._equipment, self._tools)
+        singles = (self._watching, self._tools, *self._equipment.values())
         tasks += [task for task in singles if task is not None]  # type: ignore[misc]  # of several kinds
         for task in tasks:
             task.cancel()
@@ -121,6 +122,7 @@ class Keeper:
         life = self._lives.get(pod.key)
         if life is not None and life.pod == pod and not life.stopped:
             return life.status
+        await self.check_driver(pod)  # before anything is ended for it
         if life is not None:
             await self._end(life)
             uid, created = life.status.uid, life.status.created
@@ -213,12 +215,20 @@ class Keeper:
                 )
             return self._client
 
-    async def equipment(self) -> Equipment:
-        """Emulator and guest files; found out once."""
-        failed = self._equipment is not None and self._equipment.done()
-        if self._equipment is None or (failed and self._equipment.exception() is not None):
-            self._equipment = asyncio.create_task(self._equip())
-        return await asyncio.shield(self._equipment)
+    async def equipment(self, driver: str | None) -> Equipment:
+        """Driver and guest files; found out once. Unsupported where the driver cannot work."""
+        name = driver or "qemu"
+        task = self._equipment.get(name)
+        if task is None or (task.done() and task.exception() is not None):
+            task = asyncio.create_task(self._equip(name))
+            self._equipment[name] = task
+        return await asyncio.shield(task)
+
+    async def check_driver(self, pod: Pod) -> None:
+        """Unsupported where the pod's driver cannot work on this host, or not for this pod."""
+        if pod.driver == FIRECRACKER:
+            check_firecracker_pod(pod)
+            await self.equipment(pod.driver)
 
     async def tools_disk(self) -> Path:
         """The tools disk; made once."""
@@ -226,8 +236,13 @@ class Keeper:
             self._tools = asyncio.create_task(asyncio.to_thread(assets.ensure_tools, self._cache))
         return await asyncio.shield(self._tools)
 
-    async def _equip(self) -> Equipment:
+    async def _equip(self, name: str) -> Equipment:
+        if name == FIRECRACKER:
+            find_firecracker(os.environ)  # before files are made for nothing
         files = await asyncio.to_thread(ensure_guest, self._cache)
+        if name == FIRECRACKER:
+            driver = await choose_firecracker(self._cache, files, os.environ)
+            return Equipment(driver, files, self._cache)
         return Equipment(QemuDriver(await choose_platform(self._cache, files)), files, self._cache)
 
     def take_claims(self, life: PodLife) -> None:

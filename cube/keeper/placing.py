@@ -6,7 +6,7 @@ import asyncio
 import os
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -15,7 +15,7 @@ from cube.container import ImageDefaults
 from cube.guest.assets import GuestFiles
 from cube.keeper import status as words
 from cube.keeper.backoff import BackOff
-from cube.keeper.disks import provide_disk
+from cube.keeper.disks import claim_socket, provide_disk
 from cube.keeper.guestplan import (
     TOOLS_SERIAL,
     Facts,
@@ -28,9 +28,19 @@ from cube.keeper.guestplan import (
 )
 from cube.keeper.pull import export_image
 from cube.keeper.status import PodStatus
-from cube.pod.model import Container, NfsVolume, Pod, Volume
-from cube.vm.seam import Disk, Driver, FileDisk, Forward, MachineSpec, NbdDisk, Rates, UserNic
-from imagecache.errors import CubecacheError, NoSpace, Unavailable
+from cube.pod.model import Container, NfsVolume, ObjectVolume, Pod, Volume
+from cube.vm.seam import (
+    Disk,
+    Driver,
+    FileDisk,
+    Forward,
+    MachineSpec,
+    NbdDisk,
+    Rates,
+    UserNic,
+    VhostUserDisk,
+)
+from imagecache.errors import CubecacheError, NoSpace, Unavailable, Unsupported
 from preload.client import Client, ExportHandle
 
 _RESOLVE_SECONDS: Final = 10.0
@@ -39,6 +49,8 @@ _RESOLVE_SECONDS: Final = 10.0
 USER_ADDRESS: Final = "10.0.2.15"
 USER_GATEWAY: Final = "10.0.2.2"
 USER_NAMESERVER: Final = "10.0.2.3"
+LOCAL_ADDRESS: Final = "127.0.1.1"
+FIRECRACKER: Final = "firecracker"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +92,12 @@ class Placing:
         self, equipment: Equipment, images: dict[str, Image], sync_key: bytes
     ) -> MachineSpec:
         """The machine to start, its disks made; raises what cannot be had."""
-        facts = self._facts()
+        networked = equipment.driver.name != FIRECRACKER
+        facts = self._facts() if networked else self._lonely()
         pod = await _resolved(self._pod)
         plan = plan_machine(pod, images, facts, sync_key=sync_key)
         disks = await self._provide(plan)
-        self._status.address = facts.address
+        self._status.address = facts.address if networked else ""
         self._status.machine = {
             "driver": equipment.driver.name,
             "memory_bytes": plan.memory_bytes,
@@ -101,7 +114,7 @@ class Placing:
             cpus=plan.cpus,
             tsc_khz=equipment.files.tsc_khz,
             dies_with_owner=False,
-            nics=(UserNic(facts.mac, self._forwards()),),
+            nics=(UserNic(facts.mac, self._forwards()),) if networked else (),
             rates=Rates(limits.disk_bytes, limits.disk_operations),
         )
 
@@ -163,6 +176,10 @@ class Placing:
             serial = root_serial(self._ids[name])
             disks.append(NbdDisk(serial, handle.socket, handle.name))
         for wish in plan.disks:
+            served = claim_socket(self._host.state, wish.claim) if wish.claim else None
+            if served is not None:
+                disks.append(VhostUserDisk(wish.serial, served, wish.read_only))
+                continue
             path = await asyncio.to_thread(
                 provide_disk, self._host.state, self._directory, wish, first=not self._formatted
             )
@@ -185,12 +202,40 @@ class Placing:
             nameserver=USER_NAMESERVER,
         )
 
+    def _lonely(self) -> Facts:
+        """Without a network card: the host reaches the pod through its machine's channel only."""
+        facts = self._facts()
+        return replace(
+            facts, address=LOCAL_ADDRESS, host_address="", mac="", gateway="", nameserver=""
+        )
+
     def _forwards(self) -> tuple[Forward, ...]:
         return tuple(
             Forward(port.host_ip, port.host_port, port.container_port, port.protocol.lower())
             for container in self._pod.containers
             for port in container.ports
             if port.host_port
+        )
+
+
+def check_firecracker_pod(pod: Pod) -> None:
+    """Raises Unsupported naming what needs a network card, which such pods do not have yet."""
+    needs = [
+        f"container {container.name}: hostPort {port.host_port}"
+        for container in pod.containers
+        for port in container.ports
+        if port.host_port
+    ]
+    needs += [
+        f"volume {volume.name}"
+        for volume in pod.volumes
+        if isinstance(volume, NfsVolume | ObjectVolume)
+    ]
+    if needs:
+        raise Unsupported(
+            f"{needs[0]} needs a network, and pods on Firecracker have none: it has no user-mode "
+            "network",
+            remedy="use --driver qemu; port-forward and exec work without a network",
         )
 
 

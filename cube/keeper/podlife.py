@@ -27,6 +27,7 @@ from cube.link import GuestLink
 from cube.pod.model import Container, RestartPolicy
 from cube.sandbox import BOOT_SECONDS, Sandbox
 from cube.vm.adopted import process_start
+from cube.vm.firecracker import clear_left_behind
 from cube.vm.seam import (
     Machine,
 )
@@ -50,8 +51,8 @@ class Host(Protocol):
     async def client(self) -> Client:
         """A client of the cache's daemon, which answers or is started; Unavailable."""
 
-    async def equipment(self) -> Equipment:
-        """Emulator, guest files."""
+    async def equipment(self, driver: str | None) -> Equipment:
+        """Driver, guest files; Unsupported where it cannot work on this host."""
 
     async def tools_disk(self) -> Path:
         """The tools disk, made if it is missing."""
@@ -205,7 +206,7 @@ class PodLife:
         return await self._boot()
 
     async def _adopt(self, row: MachineRow) -> Sandbox:
-        equipment = await self._host.equipment()
+        equipment = await self._host.equipment(self.pod.driver)
         self._host.take_claims(self)
         machine = await equipment.driver.adopt(row.process, row.started, self.directory)
         link = GuestLink(machine.reader, machine.writer, sync_key=bytes.fromhex(row.sync_key))
@@ -219,7 +220,9 @@ class PodLife:
         for status in self.status.containers:
             status.state, status.reason, status.message = "waiting", words.PENDING, ""
         self._changed()
-        equipment, images = await asyncio.gather(self._host.equipment(), self._placing.images())
+        equipment, images = await asyncio.gather(
+            self._host.equipment(self.pod.driver), self._placing.images()
+        )
         self._mark("images")
         self._host.take_claims(self)
         sync_key = new_sync_key()
@@ -328,9 +331,11 @@ class PodLife:
         row, self.machine = self.machine, None
         if sandbox is not None:
             await asyncio.shield(sandbox.close())
-        elif row is not None and process_start(row.process) == row.started:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(row.process, signal.SIGKILL)
+        elif row is not None:
+            if process_start(row.process) == row.started:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(row.process, signal.SIGKILL)
+            await asyncio.to_thread(clear_left_behind, self.directory)
         names = {handle.name for handle in self._placing.handles.values()}
         names |= set(row.exports if row is not None else ())
         self._placing.handles.clear()

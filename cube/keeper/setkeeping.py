@@ -46,6 +46,7 @@ class SetKeeper:
         """Makes the set be, or be another; its pods follow."""
         if wanted.key not in self._sets and len(self._sets) >= SET_LIMIT:
             raise LimitExceeded(f"there are {SET_LIMIT} sets on this host already")
+        await self._keeper.check_driver(wanted.template)
         await self._keeper.with_record(lambda record: record.save_set(wanted))
         self._sets[wanted.key] = wanted
         return self.get(wanted.key)

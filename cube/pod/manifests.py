@@ -20,6 +20,7 @@ from cube.pod.kubernetes import (
     WrittenContainer,
 )
 from cube.pod.model import (
+    DRIVERS,
     BlockVolume,
     Container,
     FilesVolume,
@@ -32,7 +33,7 @@ from cube.pod.model import (
     RestartPolicy,
     Volume,
 )
-from cube.pod.places import Place, read
+from cube.pod.places import Place, one_of, read
 from cube.pod.sources import Sources
 from cube.pod.volumes import Policy, Surroundings, memory, normalise_volume
 from cube.pod.yamltree import Document, parse
@@ -44,6 +45,7 @@ REPLICA_LIMIT: Final = 1000
 DISK_BYTES: Final = "cubecache/disk-bytes-per-second"
 DISK_OPERATIONS: Final = "cubecache/disk-operations-per-second"
 PLATFORM: Final = "cubecache/platform"
+DRIVER: Final = "cubecache/driver"
 _SET_LABEL: Final = "cubecache/set"
 _PERCENT = re.compile(r"(\d{1,3})%")
 # Fields that place a pod among many hosts: read over, and said so.
@@ -265,6 +267,9 @@ class _Reader:
             fs_group=security.fs_group,
             limits=_rates(meta.annotations or {}, about / "annotations"),
             platform=(meta.annotations or {}).get(PLATFORM),
+            driver=one_of(
+                DRIVERS, (meta.annotations or {}).get(DRIVER), about / "annotations" / DRIVER
+            ),
         )
 
     def _volumes(self, spec: PodSpec, place: Place, around: Surroundings) -> tuple[Volume, ...]:

@@ -7,7 +7,7 @@ address, its uid) stay references, `field`, until it starts.
 from __future__ import annotations
 
 import enum
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -213,6 +213,10 @@ class Limits(Part):
     disk_operations: int = 0
 
 
+DriverName = Literal["qemu", "firecracker"]
+DRIVERS: Final[tuple[DriverName, ...]] = ("qemu", "firecracker")
+
+
 class Pod(Part):
     """A pod as it is asked for."""
 
@@ -235,6 +239,7 @@ class Pod(Part):
     fs_group: int | None = None
     limits: Limits = Limits()
     platform: str | None = None
+    driver: DriverName | None = None  # of its machine; None is the caller's
 
     @property
     def key(self) -> str:

@@ -36,6 +36,7 @@ _WANTED: Final = {
     "model_attributes_type": "a mapping",
 }
 M = TypeVar("M", bound=BaseModel)
+C = TypeVar("C", bound=str)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,14 @@ class Place:
         if not low <= number <= high:
             self.limit(f"is {number}; it can be {low} to {high}")
         return number
+
+
+def one_of(choices: tuple[C, ...], text: str | None, place: Place) -> C | None:
+    """The text itself if it is one of them; None where there is none."""
+    found = next((one for one in choices if one == text), None)
+    if text is not None and found is None:
+        place.reject(f"is {text[:70]!r}; it can be {', '.join(choices)}")
+    return found
 
 
 def read(kind: type[M], place: Place, value: Any) -> M:
