@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from imagecache.errors import CubecacheError, LimitExceeded, Rejected, Unavailable, from_record
+from imagecache.tasks import finished
 
 _EVENT_LIMIT = 1 << 20
 niceness: ContextVar[int] = ContextVar("niceness", default=0)
@@ -105,8 +106,12 @@ class Worker:
         if process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
-        await process.wait()
-        return await noise
+        return await finished(_ended(process, noise))
+
+
+async def _ended(process: asyncio.subprocess.Process, noise: asyncio.Task[str]) -> str:
+    await process.wait()
+    return await noise
 
 
 async def _tail(stream: asyncio.StreamReader | None) -> str:

@@ -209,3 +209,17 @@ def test_packs_wait_for_uploads_while_the_disk_is_nearly_full(
     sink.finish()
     assert looks == 3
     assert [pack.path.parent.name for pack in done] == ["now"]
+
+
+async def test_a_worker_is_gone_when_its_end_was_cancelled() -> None:
+    """A group that aborts cancels whoever waits for the worker's end: it was left to itself."""
+    worker = Worker()
+    await worker.start()
+    pid = worker.pid
+    closing = asyncio.create_task(worker.close())
+    for _ in range(2):
+        await asyncio.sleep(0)
+        closing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    assert not Path(f"/proc/{pid}").exists()
