@@ -11,7 +11,7 @@ from typing import Any
 
 from imagecache.cache.arena import Arena
 from imagecache.cache.counters import FetchCounters
-from imagecache.cache.decode import Wanted, decode_all
+from imagecache.cache.decode import Wanted, decode_all, is_lone_raw
 from imagecache.cache.events import Cause
 from imagecache.cache.flight import Flight, Stage
 from imagecache.cache.image import ImageMap
@@ -358,7 +358,9 @@ class Fetcher:
     async def decode(
         self, body: bytes, offset: int, wanted: Sequence[Wanted]
     ) -> list[bytes | Corrupt]:
-        """The verified plaintext of each, or why not; on a thread."""
+        """The verified plaintext of each, or why not; on a thread where that is worth it."""
+        if is_lone_raw(wanted):
+            return decode_all(body, offset, wanted)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._cpu, decode_all, body, offset, wanted)
 
