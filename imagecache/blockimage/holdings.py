@@ -104,3 +104,21 @@ class TombstoneRecord:
         """Raises Corrupt or Unsupported."""
         fields = decode_record(cls.KIND, raw)
         return cls(newest=number(fields, "newest"), packs=texts(fields, "packs", PACK_NAME))
+
+
+@dataclass(frozen=True, slots=True)
+class LeftRecord:
+    """Packs that count as named in a generation although its records name others by now."""
+
+    packs: tuple[str, ...]
+
+    KIND = "left"
+
+    def encode(self) -> bytes:
+        """The record's JSON bytes."""
+        return encode_record(self.KIND, {"packs": self.packs})
+
+    @classmethod
+    def decode(cls, raw: bytes) -> LeftRecord:
+        """Raises Corrupt or Unsupported."""
+        return cls(packs=texts(decode_record(cls.KIND, raw), "packs", PACK_NAME))

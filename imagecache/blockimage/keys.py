@@ -158,6 +158,14 @@ class RealmKeys:
         """The prefix of all layer records of a generation."""
         return f"{self.within(generation)}layers/"
 
+    def left(self, digest: bytes, generation: int) -> str:
+        """Packs that records of a generation named, and that re-packing took out of them."""
+        return f"{self.all_left(generation)}{digest.hex()}.json"
+
+    def all_left(self, generation: int) -> str:
+        """The prefix of the packs that re-packing left behind in a generation."""
+        return f"{self.within(generation)}left/"
+
     def sealed(self, kind: SealedKind, digest: bytes, generation: int) -> str:
         """A sealed layer index, block manifest or location table."""
         return f"{self.within(generation)}{kind}/{digest.hex()}"

@@ -159,13 +159,13 @@ def require_moderate(sweep: Sweep, snapshot: Snapshot, policy: Policy) -> None:
 
 def has_garbage(snapshot: Snapshot) -> bool:
     """Whether a newer generation would leave anything behind."""
-    live, marked = snapshot.holders.live(snapshot.now), snapshot.marked()
+    live, named = snapshot.holders.live(snapshot.now), snapshot.named()
     dead = any(
         root.image not in live
         for mentions in snapshot.mentions.values()
         for root in mentions.roots.values()
     )
-    return dead or any(name not in marked for name in snapshot.packs)
+    return dead or any(name not in named for name in snapshot.packs)
 
 
 def due_to_open(snapshot: Snapshot, policy: Policy) -> int | None:

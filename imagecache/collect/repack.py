@@ -10,11 +10,13 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from imagecache.blockimage.extents import ChunkList
+from imagecache.blockimage.holdings import LeftRecord
 from imagecache.blockimage.keys import ImageKey
 from imagecache.blockimage.locations import Location, LocationTable, pack_name
 from imagecache.blockimage.manifest import Face
@@ -22,7 +24,7 @@ from imagecache.blockimage.records import LayerRecord, RootRecord
 from imagecache.blockimage.seals import NO_KEY
 from imagecache.cache.decode import Wanted, decode_all
 from imagecache.catalog import Catalog
-from imagecache.chunks import BLOCK
+from imagecache.chunks import BLOCK, chunk_digest
 from imagecache.errors import Corrupt, LimitExceeded, NotFound, Unsupported
 from imagecache.leases.build import BuildLease, BuildLeases, LeaseLost
 from imagecache.packs.pack import PackWriter
@@ -92,28 +94,39 @@ class Repacker:
             for root in roots:
                 await self._under_lease(root)
         finally:
-            await asyncio.to_thread(shutil.rmtree, self._scratch, ignore_errors=True)
+            await self._clear()
         return self.report
+
+    async def _clear(self) -> None:
+        await asyncio.to_thread(shutil.rmtree, self._scratch, ignore_errors=True)
+
+    def _hold(self, lease: BuildLease) -> AbstractAsyncContextManager[None]:
+        return lease.kept()
 
     async def _under_lease(self, seen: RootRecord) -> None:
         key = ImageKey(seen.image, Face.parse(seen.face), seen.options, seen.format_version)
         lease = await self._leases.meet(key, anew=True)
         if not isinstance(lease, BuildLease):
             raise LeaseLost("a root came where a lease was asked for")
-        async with lease.kept():
-            if lease.generation != self._generation:
-                # Where a pack is named is read after the generation to write into was chosen.
-                self._generation = lease.generation
-                self._moved.clear()
+        async with self._hold(lease):
+            self._enter(lease.generation)
             try:
-                root = await self._catalog.root_in(key, lease.generation)
-                await self._image(lease, root)
+                await self._image(lease, await self._current(key, seen, lease))
             except NotFound:
                 self.report.left.append(seen.image)
             except LeaseLost as error:
                 self.report.failed[seen.image] = str(error)
             except _BROKEN as error:
                 self.report.failed[seen.image] = f"{error}; cubecache repair"
+
+    def _enter(self, generation: int) -> None:
+        if generation != self._generation:
+            self._generation = generation
+            self._moved.clear()  # nothing here names packs of another generation's run
+
+    async def _current(self, key: ImageKey, _seen: RootRecord, lease: BuildLease) -> RootRecord:
+        """Where packs are named is read after the generation to write into was chosen."""
+        return await self._catalog.root_in(key, lease.generation)
 
     async def _image(self, lease: BuildLease, root: RootRecord) -> None:
         catalog = self._catalog
@@ -134,9 +147,13 @@ class Repacker:
             return
         if unmoved:
             await self._move(unmoved)
+        table = self._relocated(disk)
+        await self._leave(
+            {pack for subject in subjects for pack in subject.table.packs}
+            | {bytes.fromhex(pack) for pack in root.packs}
+        )
         for layer in layers:
             await self._put_layer(layer)
-        table = self._relocated(disk)
         name, _ = await catalog.put_sealed("locations", table.encode(), lease.generation)
         if self._rewrite:
             await self._write_again(root, [layer.index for layer in manifest.layers])
@@ -159,6 +176,15 @@ class Repacker:
             return _Subject(index.chunks, LocationTable.decode(raw), record)
         except _BROKEN:
             return None  # the layer is converted again when it is wanted
+
+    async def _leave(self, packs: set[bytes]) -> None:
+        """Before records name other packs: where they are named now, for the generation's life.
+
+        A builder may have read that already, and a collector may be reading it.
+        """
+        record = LeftRecord(tuple(sorted(pack.hex() for pack in packs))).encode()
+        where = self._catalog.keys.left(chunk_digest(record), self._generation)
+        await self._catalog.store.put(where, record)
 
     async def _put_layer(self, layer: _Subject) -> None:
         table = self._relocated(layer)

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from imagecache.blockimage.generations import Generation
-from imagecache.blockimage.holdings import LeaseRecord, PinRecord, TombstoneRecord
+from imagecache.blockimage.holdings import LeaseRecord, LeftRecord, PinRecord, TombstoneRecord
 from imagecache.blockimage.records import MAX_RECORD, AliasRecord, LayerRecord, RootRecord
 from imagecache.catalog import Catalog
 from imagecache.collect.work import ForEach
@@ -85,6 +85,7 @@ class Mentions:
 
     roots: Roots
     layers: tuple[LayerRecord, ...]
+    left: frozenset[str]  # packs that re-packing took out of these, in hex
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +113,13 @@ class Snapshot:
         return max((generation.number for generation in self.generations), default=0)
 
     def marked(self) -> frozenset[str]:
+        """Packs that count as named: also those that re-packing left in a readable generation.
+
+        So no mention ever goes from a readable generation, whoever reads it in whatever order.
+        """
+        return self.named().union(*(mentions.left for mentions in self.mentions.values()))
+
+    def named(self) -> frozenset[str]:
         """Packs that a readable generation or a reader in force names, in hex."""
         found: set[str] = set()
         for mentions in self.mentions.values():
@@ -203,8 +211,11 @@ class SnapshotReader:
         roots, layers = self._keys.roots(generation), self._keys.layers(generation)
         found_roots = await self._records(roots)
         found_layers = await self._records(layers)
-        again = {stat.key for stat, _ in (*found_roots, *found_layers)}
-        lost = {key for key in listed if key.startswith((roots, layers))} - again
+        # Last: what leaves the others meanwhile was written here before.
+        left = self._keys.all_left(generation)
+        found_left = await self._records(left)
+        again = {stat.key for stat, _ in (*found_roots, *found_layers, *found_left)}
+        lost = {key for key in listed if key.startswith((roots, layers, left))} - again
         if lost:
             if not (await self._catalog.state_of(generation)).readable:
                 raise _Moved
@@ -215,6 +226,7 @@ class SnapshotReader:
         return Mentions(
             {stat.key.rsplit("/", 1)[1]: _root(stat.key, raw) for stat, raw in found_roots},
             tuple(_layer(stat.key, raw) for stat, raw in found_layers),
+            frozenset(pack for stat, raw in found_left for pack in _left(stat.key, raw).packs),
         )
 
     async def _inside(self) -> dict[int, tuple[ObjectStat, ...]]:
@@ -285,6 +297,13 @@ def _root(key: str, raw: bytes) -> RootRecord:
 def _layer(key: str, raw: bytes) -> LayerRecord:
     try:
         return LayerRecord.decode(raw)
+    except Corrupt as error:
+        raise _doubtful(key, error) from error
+
+
+def _left(key: str, raw: bytes) -> LeftRecord:
+    try:
+        return LeftRecord.decode(raw)
     except Corrupt as error:
         raise _doubtful(key, error) from error
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import random
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from kits.collect_world import Actor, Firm, StepStore, World, pack_generation
+from kits.collect_world import Actor, Firm, StepStore, Violation, World, pack_generation
 
-from imagecache.blockimage.extents import PieceBuilder
+from imagecache.blockimage.extents import ChunkList, PieceBuilder, Pieces
 from imagecache.blockimage.generations import State
 from imagecache.blockimage.keys import ImageKey
-from imagecache.blockimage.locations import pack_name
+from imagecache.blockimage.layerindex import LayerIndex
+from imagecache.blockimage.locations import Location, LocationTable, pack_name
 from imagecache.blockimage.manifest import BlockManifest, Face, PlacedLayer
 from imagecache.blockimage.records import LayerRecord, RootRecord
 from imagecache.build.pipeline import Builder, BuildSettings
@@ -24,10 +26,11 @@ from imagecache.build.progress import BuildResult
 from imagecache.catalog import AliasName, Catalog
 from imagecache.chunks import chunk_digest
 from imagecache.collect.plan import Policy
+from imagecache.collect.repack import Repacker
 from imagecache.collect.run import Collector, Wishes
 from imagecache.collect.work import one_by_one
 from imagecache.errors import CubecacheError, NotFound
-from imagecache.leases.build import BuildLeases, LeaseTimes
+from imagecache.leases.build import BuildLease, BuildLeases, LeaseTimes
 from imagecache.leases.pins import pin
 from imagecache.leases.reader import Held, ReaderLease
 
@@ -74,22 +77,39 @@ RECIPES = tuple(
 
 
 def diff_id(layer: int) -> str:
-    return "sha256:" + hashlib.sha256(f"layer {layer}".encode()).hexdigest()
+    return "sha256:" + hashlib.sha256(b"layer %d" % layer).hexdigest()
 
 
+def chunks_of(layer: int) -> tuple[bytes, bytes]:
+    """The digests of a layer's chunks: one of its own, and one that other layers have too."""
+    return chunk_digest(f"layer {layer}".encode()), chunk_digest(f"shared {layer % 2}".encode())
+
+
+def image_chunks(recipe: Recipe) -> list[bytes]:
+    layers = [digest for layer in recipe.layers for digest in chunks_of(layer)]
+    return list(dict.fromkeys([chunk_digest(recipe.raw), *layers]))
+
+
+def _blocks(digests: Iterable[bytes]) -> tuple[ChunkList, Pieces]:
+    pieces = PieceBuilder()
+    for digest in digests:
+        pieces.chunk(digest, [(False, 1)])
+    return pieces.finish()
+
+
+@functools.cache
 def index_of(layer: int) -> bytes:
-    return f"index of layer {layer}".encode()
+    chunks, pieces = _blocks(chunks_of(layer))
+    return LayerIndex(diff_id(layer), b"", chunks, pieces).encode()
 
 
 def manifest_of(recipe: Recipe) -> bytes:
-    pieces = PieceBuilder()
-    blocks = len(recipe.layers) + 1
-    pieces.chunk(chunk_digest(recipe.raw), [(False, blocks)])
-    chunks, extents = pieces.finish()
+    digests = image_chunks(recipe)
+    chunks, extents = _blocks(digests)
     return BlockManifest(
         face=Face.EROFS,
         options=OPTIONS,
-        disk_blocks=blocks,
+        disk_blocks=len(digests),
         metadata_blocks=1,
         window_blocks=1,
         layers=tuple(
@@ -107,6 +127,17 @@ INDEX_NAMES = {
     BLOCK_IMAGES[recipe.number]: tuple(chunk_digest(index_of(n)).hex() for n in recipe.layers)
     for recipe in RECIPES
 }
+CHUNKS = {BLOCK_IMAGES[recipe.number]: image_chunks(recipe) for recipe in RECIPES}
+Places = dict[bytes, Location]
+
+
+async def put_pack(catalog: Catalog, digests: Iterable[bytes], generation: int, way: int) -> Places:
+    """A pack in this simulation lists the digests of its chunks."""
+    ordered = list(digests)
+    body = f"way {way}\n".encode() + b"\n".join(digest.hex().encode() for digest in ordered)
+    name = pack_name(chunk_digest(body), generation)
+    await catalog.store.put(catalog.keys.pack(name), body)
+    return {digest: Location(name, n, 1, 0, 0) for n, digest in enumerate(ordered)}
 
 
 class Source:
@@ -141,18 +172,24 @@ class SteppedBuilder(Builder):
     async def _convert(self, recipe: Recipe, lease: Any) -> RootRecord:
         catalog, generation = self.catalog, lease.generation
         known = await self._known(recipe, generation)
-        packs: list[str] = []
+        places: Places = {}
         for layer in recipe.layers:
             try:
                 record = await catalog.find_layer(diff_id(layer), generation)
             except NotFound:
                 record = await self._layer(layer, known, generation)
-            packs += record.packs
+            raw = await catalog.sealed("locations", bytes.fromhex(record.locations), generation)
+            table = LocationTable.decode(raw)
+            for n, digest in enumerate(chunks_of(layer)):
+                places.setdefault(digest, table.locate(n))
             if self.dice.random() < 0.3:
                 await lease.renew()
-        packs.append(await self._pack(f"metadata {recipe.number}", generation))
+        places |= await self._pack([chunk_digest(recipe.raw)], generation)
+        located = LocationTable.build(
+            bytes.fromhex(BLOCK_IMAGES[recipe.number]), map(places.get, image_chunks(recipe))
+        )
         manifest, _ = await catalog.put_sealed("manifests", MANIFESTS[recipe.number], generation)
-        table, _ = await catalog.put_sealed("locations", " ".join(packs).encode(), generation)
+        where, _ = await catalog.put_sealed("locations", located.encode(), generation)
         await catalog.put_blob(recipe.image, recipe.raw, generation)
         await catalog.put_blob(recipe.config, recipe.config_raw, generation)
         return RootRecord(
@@ -165,37 +202,79 @@ class SteppedBuilder(Builder):
             platform="linux/amd64",
             config=recipe.config,
             block_image=manifest.hex(),
-            locations=table.hex(),
+            locations=where.hex(),
             layers=tuple(diff_id(layer) for layer in recipe.layers),
-            packs=tuple(dict.fromkeys(packs)),
+            packs=tuple(pack.hex() for pack in located.packs),
             size_bytes=4096,
             chunks=1,
             packed_bytes=1,
         )
 
-    async def _known(self, recipe: Recipe, generation: int) -> list[str]:
-        """Packs of an earlier image of the repository, in this generation."""
+    async def _known(self, recipe: Recipe, generation: int) -> Places:
+        """Places of an earlier image of the repository, in this generation."""
         for record in await self.catalog.aliases(recipe.alias.repository):
             key = ImageKey(record.image, Face.EROFS, OPTIONS)
             with contextlib.suppress(NotFound):
-                return list((await self.catalog.root_in(key, generation)).packs)
-        return []
+                root = await self.catalog.root_in(key, generation)
+                table = await self.catalog.location_table(root)
+                return {x: table.locate(n) for n, x in enumerate(CHUNKS[root.block_image])}
+        return {}
 
-    async def _layer(self, layer: int, known: list[str], generation: int) -> LayerRecord:
-        packs = [await self._pack(f"layer {layer}", generation)]
-        if known and self.dice.random() < 0.5:
-            packs.append(self.dice.choice(known))
+    async def _layer(self, layer: int, known: Places, generation: int) -> LayerRecord:
+        own, shared = chunks_of(layer)
+        if shared in known and self.dice.random() < 0.7:
+            places = await self._pack([own], generation) | {shared: known[shared]}
+        else:
+            places = await self._pack([own, shared], generation)
         index, _ = await self.catalog.put_sealed("indexes", index_of(layer), generation)
-        table, _ = await self.catalog.put_sealed("locations", " ".join(packs).encode(), generation)
-        record = LayerRecord(diff_id(layer), index.hex(), table.hex(), tuple(packs))
+        table = LocationTable.build(chunk_digest(index_of(layer)), (places[own], places[shared]))
+        where, _ = await self.catalog.put_sealed("locations", table.encode(), generation)
+        packs = tuple(pack.hex() for pack in table.packs)
+        record = LayerRecord(diff_id(layer), index.hex(), where.hex(), packs)
         await self.catalog.put_layer(record, generation)
         return record
 
-    async def _pack(self, content: str, generation: int) -> str:
-        body = f"{content} packed as {self.dice.randrange(2)}".encode()
-        name = pack_name(chunk_digest(body), generation)
-        await self.catalog.store.put(self.catalog.keys.pack(name), body)
-        return name.hex()
+    async def _pack(self, digests: list[bytes], generation: int) -> Places:
+        return await put_pack(self.catalog, digests, generation, self.dice.randrange(2))
+
+
+class SteppedRepacker(Repacker):
+    """The real re-packing but for the copying of bytes, which needs threads and files."""
+
+    def __init__(self, catalog: Catalog, leases: BuildLeases, dice: random.Random) -> None:
+        salt = dice.randrange(256)
+        super().__init__(
+            catalog,
+            None,  # type: ignore[arg-type] # packs are read from the store
+            scratch=Path("unused"),
+            wanted=lambda place: bool((place.pack[9] ^ salt) % 3),
+            leases=leases,
+        )
+        self._dice = dice
+
+    async def _clear(self) -> None:
+        pass
+
+    @contextlib.asynccontextmanager
+    async def _hold(self, lease: BuildLease) -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            with contextlib.suppress(CubecacheError):
+                await lease.release()
+
+    async def _move(self, chunks: dict[bytes, tuple[Location, int]]) -> None:
+        catalog = self._catalog
+        for digest, (place, _) in chunks.items():
+            body = await catalog.store.get(catalog.keys.pack(place.pack), limit=1 << 20)
+            if digest.hex().encode() not in body:
+                raise Violation("a re-packer reads a chunk where it is not")
+        order = list(chunks)
+        half = self._dice.randrange(len(order)) if self._dice.random() < 0.5 else 0
+        for part in (order[:half], order[half:]):
+            if part:
+                way = self._dice.randrange(2, 1 << 30)
+                self._moved |= await put_pack(catalog, part, self._generation, way)
 
 
 class Life:
@@ -249,6 +328,17 @@ class Life:
             ).run()
 
         await self.forever(once, 600.0)
+
+    async def repacker(self) -> None:
+        leases = BuildLeases(
+            self.catalog, holder=self.actor.name, times=TIMES, sleep=self.actor.sleep
+        )
+
+        async def once() -> None:
+            report = await SteppedRepacker(self.catalog, leases, self.dice).run()
+            self.world.repacked += len(report.images)
+
+        await self.forever(once, 1800.0)
 
     async def reader(self) -> None:
         me = f"read {self.actor.name}"

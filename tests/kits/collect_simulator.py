@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 from inspect import CORO_CLOSED, CORO_CREATED, getcoroutinestate
 from typing import Any
 
-from kits.collect_actors import INDEX_NAMES, Life
+from kits.collect_actors import CHUNKS, INDEX_NAMES, Life
 from kits.collect_world import Actor, Killed, Pause, World
 
-ROLES = ("builder", "builder", "builder", "collector", "collector", "reader", "reader", "owner")
+ROLES = (
+    *("builder", "builder", "builder", "collector", "collector"),
+    *("reader", "reader", "owner", "repacker", "repacker"),
+)
 FREEZES = (300.0, 1500.0, 4000.0, 9000.0, 20_000.0)
 
 
@@ -35,6 +38,7 @@ class Tally:
     deletes: int = 0
     expired: int = 0
     roots: int = 0
+    repacked: int = 0
 
 
 @dataclass
@@ -51,7 +55,7 @@ class Simulator:
         atomic = self.dice.random() < 0.6
         faults = 0.0 if self.calm else self.dice.choice((0.0, 0.002))
         self.world = World(self.dice, atomic=atomic, faults=faults)
-        self.world.manifests = INDEX_NAMES
+        self.world.manifests, self.world.chunks = INDEX_NAMES, CHUNKS
         if self.past is not None:
             self.world.take_over(self.past)
         self.freezing = 0.0 if self.calm else self.dice.choice((0.0005, 0.003, 0.01))
@@ -80,6 +84,7 @@ class Simulator:
             self.close()
         self.tally.deletes = self.world.deletes
         self.tally.expired = self.world.expired
+        self.tally.repacked = self.world.repacked
         self.tally.roots = len(self.world.roots)
         return self.tally
 

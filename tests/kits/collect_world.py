@@ -11,9 +11,11 @@ from collections.abc import AsyncIterator, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from imagecache.blockimage.envelope import unseal
 from imagecache.blockimage.generations import State, parse_generations
+from imagecache.blockimage.holdings import LeftRecord
 from imagecache.blockimage.keys import RealmKeys
-from imagecache.blockimage.locations import split_pack_name
+from imagecache.blockimage.locations import LocationTable, split_pack_name
 from imagecache.blockimage.records import AliasRecord, LayerRecord, RootRecord
 from imagecache.errors import NotFound, Unavailable
 from imagecache.store.base import ObjectStat
@@ -49,6 +51,7 @@ class Actor:
     world: World
     dead: bool = False
     seen: dict[int, State] = field(default_factory=dict)  # by its last look at the generations
+    found: dict[str, bytes] = field(default_factory=dict)  # roots and layers as last read
     ops_since_look: int = 1 << 30
     ops: int = 0
     at_border: bool = False  # it has just decided or announced something: the worst time to freeze
@@ -95,7 +98,9 @@ class World:
         self.needs: dict[str, tuple[str, ...]] = {}
         self.manifests: dict[str, tuple[str, ...]] = {}  # block image -> index names
         self.promises: dict[str, Firm] = {}
-        self.deletes = self.expired = 0
+        self.chunks: dict[str, list[bytes]] = {}  # block image -> digests of its chunks
+        self.left: dict[int, set[str]] = {}  # by generation: what re-packing left there
+        self.deletes = self.expired = self.repacked = 0
         keys = self.keys
         self.borders = (keys.generations, keys.aliases, keys.pins, f"{keys.prefix}leases/")
 
@@ -106,6 +111,7 @@ class World:
         self.states = dict(past.states)
         self.roots, self.layers = dict(past.roots), dict(past.layers)
         self.needs = dict(past.needs)
+        self.left = {generation: set(packs) for generation, packs in past.left.items()}
         self.naming = {key: set(roots) for key, roots in past.naming.items()}
         self.promises = {
             who: firm for who, firm in past.promises.items() if not who.startswith("read ")
@@ -163,12 +169,27 @@ class World:
         generation, _ = place
         if actor.seen.get(generation) is not State.ACTIVE:
             raise Violation(f"rule 1: {actor.name} writes {rest}, and saw it not active")
+        if "/left/" in key:
+            self.left.setdefault(generation, set()).update(LeftRecord.decode(body).packs)
+        if actor.kind == "repacker" and ("/roots/" in key or "/layers/" in key):
+            self._left_behind(key, body, generation, actor.found.get(key))
         if "/roots/" in key:
-            if actor.kind == "builder" and actor.ops_since_look > 1:
+            if actor.kind in ("builder", "repacker") and actor.ops_since_look > 1:
                 raise Violation(f"rule 1: {actor.name} commits {rest} without a look before")
             self._rooted(key, RootRecord.decode(body))
         elif "/layers/" in key:
             self.layers[key] = LayerRecord.decode(body)
+
+    def _left_behind(self, key: str, body: bytes, generation: int, found: bytes | None) -> None:
+        """What a re-packer takes out of the record it found stays named in the generation."""
+        record: type[RootRecord | LayerRecord] = RootRecord if "/roots/" in key else LayerRecord
+        if found is None:
+            raise Violation(f"rule 4: {key} is re-packed unread")
+        gone = set(record.decode(found).packs) - set(record.decode(body).packs)
+        # A pack of this very generation cannot be deleted while the generation is readable.
+        gone = {pack for pack in gone if split_pack_name(bytes.fromhex(pack))[0] < generation}
+        if self.state(generation).readable and gone - self.left.get(generation, set()):
+            raise Violation(f"rule 4: {key} names packs no more that readers may have found in it")
 
     def _rooted(self, key: str, root: RootRecord) -> None:
         inside = self.keys.within(root.generation)
@@ -177,6 +198,8 @@ class World:
         needs += [self.keys.blob(blob, root.generation) for blob in (root.image, root.config)]
         needs += [f"{inside}indexes/{name}" for name in self.manifests[root.block_image]]
         self.roots[key] = root
+        for need in self.needs.get(key, ()):
+            self.naming[need].discard(key)  # a re-packed image needs its old packs no more
         self.needs[key] = tuple(needs)
         for need in needs:
             self.naming.setdefault(need, set()).add(key)
@@ -184,6 +207,18 @@ class World:
             for need in needs:
                 if need not in self.objects:
                     raise Violation(f"readable root {key} lacks {need}")
+            self._located(key, root)
+
+    def _located(self, key: str, root: RootRecord) -> None:
+        """Every chunk is where the root's table says, and the root names the table's packs."""
+        sealed, _ = self.objects[f"{self.keys.within(root.generation)}locations/{root.locations}"]
+        table = LocationTable.decode(unseal(sealed, bytes.fromhex(root.locations)))
+        if {pack.hex() for pack in table.packs} != set(root.packs):
+            raise Violation(f"root {key} names other packs than its table")
+        for n, digest in enumerate(self.chunks[root.block_image]):
+            pack, _ = self.objects[self.keys.pack(table.locate(n).pack)]
+            if digest.hex().encode() not in pack:
+                raise Violation(f"chunk {digest.hex()[:8]} of {key} is not where its table says")
 
     def _moved(self, actor: Actor) -> None:
         found = parse_generations(
@@ -279,9 +314,12 @@ class StepStore:
         self._maybe_fail()
         self.world.read(self.actor, key)
         try:
-            return self.world.objects[key][0]
+            body = self.world.objects[key][0]
         except KeyError:
             raise NotFound(key) from None
+        if "/roots/" in key or "/layers/" in key:
+            self.actor.found[key] = body
+        return body
 
     async def put(self, key: str, body: bytes | Path, *, only_if_absent: bool = False) -> bool:
         assert isinstance(body, bytes)
@@ -325,10 +363,11 @@ class StepStore:
             objects = self.world.objects
             page = sorted(key for key in objects if key > cursor and key.startswith(prefix))
             size = self.world.dice.choice((3, 20, 1000)) if not looks else 1000
-            for key in page[:size]:
-                body, modified = objects[key]
-                found.append((key, modified))
-                yield ObjectStat(key, len(body), modified)
+            # As they are now: who takes its time over a page may meet what is gone by then.
+            stats = [ObjectStat(key, len(objects[key][0]), objects[key][1]) for key in page[:size]]
+            for stat in stats:
+                found.append((stat.key, stat.modified))
+                yield stat
             if len(page) <= size:
                 break
             cursor = page[size - 1]
