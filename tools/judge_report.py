@@ -6,6 +6,7 @@ import argparse
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,23 +38,30 @@ def read_report(path: Path) -> list[Outcome]:
     return outcomes
 
 
-def soak_page(outcomes: list[Outcome], when: str) -> str:
-    """The Markdown page of a soak run."""
+def soak_rows(page: str) -> dict[str, str]:
+    """The rows of a soak page by test."""
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    return {row.split("`")[1]: row for row in rows}
+
+
+def soak_page(outcomes: list[Outcome], when: str, before: Mapping[str, str]) -> str:
+    """The Markdown page of a soak run; `before` are the rows of tests that this run left out."""
+    where = f"{when}, {commit()}"
+    rows = dict(before)
+    for o in outcomes:
+        rows[o.name] = f"| `{o.name}` | {o.result} | {o.seconds:.1f} | {where} |"
     lines = [
         "# Soak run",
         "",
-        "Written by `./tools/test --soak`; the big counts of the catalogue's rows.",
+        "The big counts of the catalogue's rows, the last result of each. `./tools/test --soak`",
+        "writes all rows anew; with chosen tests (`./tools/test --soak tests/store`) only theirs.",
         "",
-        f"* commit: {commit()}",
-        f"* machine: {machine()}",
-        f"* date: {when}",
-        f"* {sum(o.result == 'passed' for o in outcomes)} passed, "
-        f"{sum(o.result == 'failed' for o in outcomes)} failed",
+        f"Machine of the last run: {machine()}.",
         "",
-        "| test | result | seconds |",
-        "| --- | --- | --- |",
+        "| test | result | seconds | date, commit |",
+        "| --- | --- | --- | --- |",
+        *(rows[name] for name in sorted(rows)),
     ]
-    lines += [f"| `{o.name}` | {o.result} | {o.seconds:.1f} |" for o in outcomes]
     return "\n".join(lines) + "\n"
 
 
@@ -62,6 +70,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Judge a JUnit report of pytest.")
     parser.add_argument("report", type=Path)
     parser.add_argument("--write", type=Path, help="write the soak page here")
+    parser.add_argument("--part", action="store_true", help="keep the page's other rows")
     chosen = parser.parse_args()
     if not chosen.report.exists():
         print("test: pytest wrote no report", file=sys.stderr)
@@ -71,7 +80,10 @@ def main() -> int:
         when = subprocess.run(
             ["date", "--utc", "+%Y-%m-%d"], check=True, capture_output=True, text=True
         )
-        chosen.write.write_text(soak_page(outcomes, when.stdout.strip()), encoding="utf-8")
+        kept = chosen.part and chosen.write.exists()
+        before = soak_rows(chosen.write.read_text(encoding="utf-8")) if kept else {}
+        page = soak_page(outcomes, when.stdout.strip(), before)
+        chosen.write.write_text(page, encoding="utf-8")
     skipped = [outcome for outcome in outcomes if outcome.result == "skipped"]
     for outcome in skipped:
         print(f"test: skipped: {outcome.name}: {outcome.reason}", file=sys.stderr)

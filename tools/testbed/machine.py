@@ -25,14 +25,21 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """The commit of this checkout, marked `-dirty` when the work tree differs from it."""
-    described = subprocess.run(
-        ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    return described.stdout.strip() or "unknown"
+    """The commit of this checkout, marked `-dirty` when the work tree differs from it.
+
+    The page of soak results is no part of what is judged: it changes with each run.
+    """
+
+    def git(*command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["git", "-C", str(ROOT), *command], check=False, capture_output=True, text=True
+        )
+
+    described = git("rev-parse", "--short=12", "HEAD")
+    if described.returncode:
+        return "unknown"
+    changed = git("diff", "--quiet", "HEAD", "--", ".", ":!tests/SOAK.md").returncode
+    return described.stdout.strip() + ("-dirty" if changed else "")
 
 
 def version(*command: str) -> str:
