@@ -27,7 +27,7 @@ from cube.link import GuestLink
 from cube.pod.model import Container, RestartPolicy
 from cube.sandbox import BOOT_SECONDS, Sandbox
 from cube.vm.adopted import process_start
-from cube.vm.firecracker import clear_left_behind
+from cube.vm.firecracker_adopted import clear_left_behind
 from cube.vm.seam import (
     Machine,
 )

@@ -64,8 +64,7 @@ class AdoptedMachine:
         """Kills the process, waits for it, and removes its socket."""
         if self._descriptor >= 0:
             if not self._ended.done():
-                with contextlib.suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(self._descriptor, signal.SIGKILL)
+                self.kill()
                 await asyncio.shield(self._ended)
             os.close(self._descriptor)
             self._descriptor = -1
@@ -73,6 +72,12 @@ class AdoptedMachine:
         with contextlib.suppress(OSError):
             await self.writer.wait_closed()
         self._channel_path.unlink(missing_ok=True)
+
+    def kill(self) -> None:
+        """Ends the process, whose end is not awaited."""
+        if self._descriptor >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._descriptor, signal.SIGKILL)
 
     def last_words(self) -> list[str]:
         """None: the console went to whoever started the machine."""

@@ -9,17 +9,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
-import shutil
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from cube.channel.vsock import connect_vsock
 from cube.errors import BootFailed, MachineFailed
-from cube.vm.adopted import AdoptedMachine, handle_of
+from cube.vm.adopted import AdoptedMachine
 from cube.vm.bridge import PROGRAM as BRIDGE
-from cube.vm.bridge import RECORD, Bridge, end_left_behind, left_behind, start_bridge
+from cube.vm.bridge import Bridge, start_bridge
+from cube.vm.firecracker_adopted import (
+    API_NAME,
+    adopt_firecracker,
+    clear_left_behind,
+    reached,
+    record_jail,
+    remove,
+)
 from cube.vm.firecracker_api import FirecrackerApi
 from cube.vm.firecracker_config import (
     CTRL_ALT_DEL,
@@ -40,11 +46,8 @@ from cube.vm.qemu import emulator_version
 from cube.vm.seam import MachineSpec, VhostUserDisk
 from cube.vm.tail import Tail
 from cube.vm.tie import tie
-from imagecache.errors import CubecacheError, Rejected, Unavailable, Unsupported, UsageError
+from imagecache.errors import CubecacheError, Unsupported, UsageError
 
-API_NAME: Final = "api.sock"
-JAIL_LINK: Final = "jail"  # in the machine's directory, to its jail
-_ADOPT_SECONDS: Final = 10.0
 _SETTLE_SECONDS: Final = 1.0
 _METRICS_LIMIT: Final = 1024 * 1024
 T = TypeVar("T")
@@ -66,6 +69,7 @@ class FirecrackerMachine:
         self._home = home
         self._closing = closing
         self._metrics = b""
+        self._stopping: asyncio.Task[None] | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -97,7 +101,9 @@ class FirecrackerMachine:
 
     async def stop(self) -> None:
         """Kills Firecracker and its bridge, and removes sockets, pipes and jail."""
-        await asyncio.shield(asyncio.ensure_future(self._closing.aclose()))
+        if self._stopping is None:
+            self._stopping = asyncio.create_task(self._closing.aclose())
+        await asyncio.shield(self._stopping)
 
     def last_words(self) -> list[str]:
         """Firecracker's complaints, then the guest's console."""
@@ -106,7 +112,7 @@ class FirecrackerMachine:
     async def press_ctrl_alt_del(self) -> None:
         """Asks the guest for an orderly end, as a keyboard does; raises BootFailed."""
         request = Request("/actions", dict(CTRL_ALT_DEL), "Ctrl-Alt-Del")
-        with _reached(self._home) as home:
+        with reached(self._home) as home:
             async with FirecrackerApi(home / API_NAME) as api:
                 await api.put(request)
 
@@ -271,10 +277,10 @@ class FirecrackerDriver:
             closing.push_async_callback(asyncio.to_thread, clear_left_behind, spec.directory)
             closing.push_async_callback(asyncio.to_thread, jail.remove)
             await asyncio.to_thread(jail.make)
-            (spec.directory / JAIL_LINK).symlink_to(jail.base)
+            await asyncio.to_thread(record_jail, spec.directory, jail)
             brought = [await asyncio.to_thread(jail.bring, one) for one in (kernel, spec.initrd)]
             files = BootFiles(*brought)
-        closing.callback(_remove, home / API_NAME, home / VSOCK_NAME)
+        closing.callback(remove, home / API_NAME, home / VSOCK_NAME)
         pipes = {LOG_NAME: machine.complaints.feed}
         if self._metrics:
             pipes[METRICS_NAME] = machine.feed_metrics
@@ -303,10 +309,10 @@ class FirecrackerDriver:
         if bridge is not None:
             machine.guard(bridge)
         made = requests(spec, files, bridged, metrics=self._metrics)
-        with _reached(home) as reached:
-            machine.version = await machine.unless_ended(self._configure(reached, made))
+        with reached(home) as place:
+            machine.version = await machine.unless_ended(self._configure(place, made))
             machine.reader, machine.writer = await machine.unless_ended(
-                connect_vsock(reached / VSOCK_NAME, seconds=self._agent_seconds)
+                connect_vsock(place / VSOCK_NAME, seconds=self._agent_seconds)
             )
 
     async def _configure(self, home: Path, made: list[Request]) -> str:
@@ -319,69 +325,12 @@ class FirecrackerDriver:
 
     async def adopt(self, process_id: int, started: int, directory: Path) -> AdoptedMachine:
         """A machine that an earlier process of ours started; raises MachineFailed."""
-        link = directory / JAIL_LINK
-        home = link / "root" if link.is_symlink() else directory
-        descriptor = handle_of(process_id, started)
-        try:
-            if (directory / RECORD).exists() and not left_behind(directory):
-                raise MachineFailed(f"the machine's {BRIDGE} is gone")
-            with _reached(home) as reached:
-                reader, writer = await connect_vsock(reached / VSOCK_NAME, seconds=_ADOPT_SECONDS)
-        except (OSError, Unavailable, Rejected) as error:
-            os.close(descriptor)
-            if isinstance(error, MachineFailed):
-                raise
-            raise MachineFailed(f"the machine's channel does not answer: {error}") from error
-        except BaseException:
-            os.close(descriptor)
-            raise
-        path = home / VSOCK_NAME
-        machine = _AdoptedFirecracker(process_id, descriptor, reader, writer, path)
-        machine.directory = directory
-        return machine
+        return await adopt_firecracker(process_id, started, directory)
 
     def _jail(self, directory: Path) -> Jail | None:
         if self._jailer is None:
             return None
         return Jail(self._jailer, self.program, jail_name(directory.name))
-
-
-class _AdoptedFirecracker(AdoptedMachine):
-    """With what else its directory holds."""
-
-    directory: Path
-
-    async def stop(self) -> None:
-        await super().stop()
-        await asyncio.to_thread(clear_left_behind, self.directory)
-
-
-def clear_left_behind(directory: Path) -> None:
-    """Ends the bridge that serves a machine's disks, and removes its sockets, pipes and jail.
-
-    For machines whose process has ended. Blocking.
-    """
-    end_left_behind(directory)
-    link = directory / JAIL_LINK
-    if link.is_symlink():
-        shutil.rmtree(link.readlink(), ignore_errors=True)
-        link.unlink(missing_ok=True)
-    _remove(*(directory / name for name in (API_NAME, VSOCK_NAME, LOG_NAME, METRICS_NAME)))
-
-
-@contextlib.contextmanager
-def _reached(home: Path) -> Iterator[Path]:
-    """The directory by way of a descriptor: a socket's path has 107 bytes at most."""
-    descriptor = os.open(home, os.O_PATH | os.O_DIRECTORY)
-    try:
-        yield Path(f"/proc/self/fd/{descriptor}")
-    finally:
-        os.close(descriptor)
-
-
-def _remove(*paths: Path) -> None:
-    for path in paths:
-        path.unlink(missing_ok=True)
 
 
 async def _collect(stream: asyncio.StreamReader | None, tail: Tail) -> None:

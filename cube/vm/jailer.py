@@ -38,6 +38,7 @@ class Jailer:
     cgroup_version: int = 2
     parent_cgroup: str = ""  # the program's name, where it is not given
     cgroups: Mapping[str, str] = field(default_factory=dict)
+    cgroup_root: Path = Path("/sys/fs/cgroup")  # where the hierarchies are mounted
     netns: Path | None = None
     limits: Mapping[str, int] = field(default_factory=dict)  # fsize, no-file
 
@@ -125,17 +126,23 @@ class Jail:
         """Makes something in it the jailed user's."""
         os.chown(path, self.jailer.uid, self.jailer.gid, follow_symlinks=False)
 
-    def remove(self, cgroups: Path = Path("/sys/fs/cgroup")) -> None:
+    def groups(self) -> list[Path]:
+        """The control groups that the jailer makes for this machine alone."""
+        jailer = self.jailer
+        if not jailer.cgroups:
+            return []
+        inside = Path(jailer.parent_cgroup or self.program.name) / self.name
+        if jailer.cgroup_version == 2:
+            return [jailer.cgroup_root / inside]
+        names = {name.partition(".")[0] for name in jailer.cgroups}
+        return [jailer.cgroup_root / name / inside for name in sorted(names)]
+
+    def remove(self) -> None:
         """Removes it and its control groups, once nothing runs in it."""
         shutil.rmtree(self.base, ignore_errors=True)
-        parent = self.jailer.parent_cgroup or self.program.name
-        places = [cgroups / parent / self.name]
-        if self.jailer.cgroup_version == 1:
-            names = {name.partition(".")[0] for name in self.jailer.cgroups}
-            places = [cgroups / name / parent / self.name for name in sorted(names)]
-        for place in places:
+        for group in self.groups():
             with contextlib.suppress(OSError):
-                place.rmdir()
+                group.rmdir()
 
 
 def jail_name(machine: str) -> str:

@@ -16,10 +16,11 @@ from kits.vm_image import NbdServer
 from cube.errors import BootFailed, MachineFailed
 from cube.vm.adopted import process_start
 from cube.vm.bridge import left_behind
-from cube.vm.firecracker import FirecrackerDriver, clear_left_behind
+from cube.vm.firecracker import FirecrackerDriver
+from cube.vm.firecracker_adopted import clear_left_behind
 from cube.vm.firecracker_api import FirecrackerApi
 from cube.vm.firecracker_config import Request, bridged_disks, check_firecracker_spec, kernel_words
-from cube.vm.jailer import Jailer
+from cube.vm.jailer import Jail, Jailer, jail_name
 from cube.vm.seam import (
     MIB,
     FileDisk,
@@ -222,6 +223,18 @@ async def test_machine_is_adopted_and_ended_by_another_driver(bench):
         await soon(driver.adopt(first.process_id, started, bench.home))
 
 
+async def test_adopted_machine_ends_with_its_bridge(bench):
+    driver = bench.driver()
+    first = await soon(driver.start(bench.spec()))
+    started = process_start(first.process_id)
+    machine = await soon(driver.adopt(first.process_id, started, bench.home))
+    os.kill(left_behind(bench.home), 9)
+    assert await soon(machine.wait()) == 0
+    await soon(machine.stop())
+    await soon(first.stop())
+    assert bench.left() == []
+
+
 async def test_what_a_lost_keeper_left_is_cleared(bench):
     machine = await soon(bench.driver().start(bench.spec()))
     os.kill(machine.process_id, 9)
@@ -239,9 +252,12 @@ async def test_jail_has_its_options_and_is_removed(bench):
         gid=65534,
         chroot_base=bench.directory / "jails",
         cgroups={"memory.max": "400000000", "cpu.max": "200000 100000"},
+        cgroup_root=bench.directory / "cgroup",
         netns=Path("/run/netns/vpc-1"),
         limits={"no-file": 512},
     )
+    group = bench.directory / "cgroup/firecracker/vm"
+    group.mkdir(parents=True)  # the stand-in makes none
     driver = bench.driver(jailer=jailer)
     with pytest.raises(UsageError, match="die with us"):
         await soon(driver.start(bench.spec()))
@@ -271,6 +287,47 @@ async def test_jail_has_its_options_and_is_removed(bench):
     await soon(machine.stop())
     assert bench.left() == []
     assert not root.parent.exists()
+    assert not group.exists()
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("change", "error", "told"),
+    [
+        ({"uid": 0}, UsageError, "must not be root's"),
+        ({"cgroup_version": 3}, UsageError, "cgroup version 3"),
+        ({"parent_cgroup": "../other"}, UsageError, "no relative path"),
+        ({"cgroups": {"memory.max": "1\n2"}}, UsageError, "not FILE=VALUE"),
+        ({"cgroups": {"../x": "1"}}, UsageError, "not FILE=VALUE"),
+        ({"limits": {"cores": 1}}, UsageError, "no limit cores=1"),
+    ],
+)
+def test_jails_options_are_checked_by_name(change, error, told):
+    with pytest.raises(error, match=told):
+        replace(Jailer(Path("/j"), 99, 99), **change).check()
+
+
+@pytest.mark.quick
+def test_jail_of_version_1_has_a_group_in_each_hierarchy():
+    jailer = Jailer(
+        Path("/j"),
+        9,
+        9,
+        cgroup_version=1,
+        cgroups={"cpu.shares": "2", "memory.limit_in_bytes": "1"},
+    )
+    jail = Jail(replace(jailer, parent_cgroup="vms"), Path("/bin/fc"), jail_name("a_b.c"))
+    assert [str(one) for one in jail.groups()] == [
+        "/sys/fs/cgroup/cpu/vms/a-b-c",
+        "/sys/fs/cgroup/memory/vms/a-b-c",
+    ]
+    assert (
+        jail.command(["--api-sock", "api.sock"])[-4:]
+        == [
+            *("--chroot-base-dir", "/srv/jailer"),
+            *("--", "--api-sock", "api.sock"),
+        ][-4:]
+    )
 
 
 @pytest.mark.quick
