@@ -56,3 +56,33 @@ def test_a_damaged_store_is_found_repaired_and_collected(tmp_path: Path) -> None
     assert len(run("images")) == 1
     assert run("stats")["garbage_pack_bytes"] == 0
     run("verify", one)
+
+
+def test_mostly_dead_packs_give_way_by_command(tmp_path: Path) -> None:
+    """`repack`: what a dropped image leaves in packs that another one shares."""
+    one, two = write_images(tmp_path)
+
+    def run(*arguments: str, code: int = 0) -> Any:
+        done = subprocess.run(
+            [COMMAND, "--json", "--state-dir", str(tmp_path / "state"), *arguments],
+            capture_output=True,
+            check=False,
+            timeout=120,
+        )
+        assert done.returncode == code, (arguments, done.stdout, done.stderr)
+        return json.loads(done.stdout.splitlines()[-1]) if done.stdout else None
+
+    for image in (one, two):
+        run("preload", image)
+    before = {image["image"]: image["block_image"] for image in run("images")}
+    run("repack", "--below", "2", code=2)
+    assert run("repack", "--below", "0.01")["images"] == []
+    run("rm", one)
+    report = run("repack", "--below", "1")  # every pack has more than its chunks: headers
+    assert report["images"] and report["chunks"] and report["packs"] and not report["failed"]
+    for _ in range(5):
+        run("gc", "--min-age", "0", "--grace", "0", "--yes-delete-many")
+        run("verify", two)
+    (left,) = run("images")
+    assert before[left["image"]] == left["block_image"]
+    assert run("stats")["garbage_pack_bytes"] == 0
