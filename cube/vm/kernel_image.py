@@ -15,7 +15,10 @@ import zlib
 from pathlib import Path
 from typing import Final
 
-from imagecache.errors import NoSpace, Unsupported
+import zstandard
+
+from cube.vm.lz4 import MAGIC, unpack_legacy
+from imagecache.errors import NoSpace, Rejected, Unsupported
 
 _ELF: Final = b"\x7fELF"
 _LIMIT: Final = 512 * 1024 * 1024
@@ -65,9 +68,13 @@ def unpack_kernel(image: bytes) -> bytes:
             content = lzma.LZMADecompressor().decompress(packed, _LIMIT)
         elif packed.startswith(b"\x1f\x8b"):
             content = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(packed, _LIMIT)
+        elif packed.startswith(MAGIC):
+            content = unpack_legacy(packed, _LIMIT)
+        elif packed.startswith(b"\x28\xb5\x2f\xfd"):
+            content = zstandard.ZstdDecompressor().stream_reader(packed).read(_LIMIT)
         else:
-            raise _strange("it is packed neither by xz nor by gzip")
-    except (lzma.LZMAError, zlib.error) as error:
+            raise _strange("it is packed by neither xz, gzip, lz4 nor zstd")
+    except (lzma.LZMAError, zlib.error, zstandard.ZstdError, Rejected) as error:
         raise _strange(f"it cannot be unpacked: {error}") from error
     if not content.startswith(_ELF):
         raise _strange("what is packed in it is no ELF file")

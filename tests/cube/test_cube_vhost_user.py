@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import zstandard
 from kits.until import soon
 from kits.vm_image import NbdServer, make_erofs, make_tree
 
@@ -23,12 +24,13 @@ from cube.sandbox import SandboxSpec, boot
 from cube.vm.bridge import bridge_command, end_left_behind, left_behind, start_bridge
 from cube.vm.firecracker_host import choose_firecracker, find_firecracker, find_jailer
 from cube.vm.kernel_image import elf_kernel, unpack_kernel
+from cube.vm.lz4 import MAGIC, unpack_legacy
 from cube.vm.platform import choose_platform, kvm_may_work
 from cube.vm.qemu import QemuDriver
 from cube.vm.qemu_command import Platform, check_spec, command
 from cube.vm.seam import MIB, FileDisk, MachineSpec, NbdDisk, Rates, VhostUserDisk
 from cube.volumes import Mount, Volume, VolumeKind
-from imagecache.errors import Unsupported, UsageError
+from imagecache.errors import Rejected, Unsupported, UsageError
 
 SCRIPT = (
     "echo $(cat /sys/block/vdb/serial); cat /etc/image-release /v/kept; echo new > /v/kept; sync"
@@ -155,7 +157,11 @@ def bzimage(packed: bytes, version: int = 0x020F) -> bytes:
 @pytest.mark.quick
 def test_kernels_are_unpacked_for_firecracker(tmp_path):
     elf = b"\x7fELF" + bytes(range(256)) * 50
-    for packed in (lzma.compress(elf) + b"size", gzip.compress(elf)):
+    for packed in (
+        lzma.compress(elf) + b"size",
+        gzip.compress(elf),
+        zstandard.compress(elf),
+    ):
         assert unpack_kernel(bzimage(packed)) == elf
     kernel = tmp_path / "vmlinuz"
     kernel.write_bytes(bzimage(gzip.compress(elf)))
@@ -166,12 +172,34 @@ def test_kernels_are_unpacked_for_firecracker(tmp_path):
     for wrong, why in (
         (b"MZ", "neither"),
         (bzimage(lzma.compress(elf), 0x0207), "older than 2.08"),
-        (bzimage(b"\x28\xb5\x2f\xfd"), "neither by xz nor by gzip"),
+        (bzimage(b"BZh9"), "by neither xz, gzip, lz4 nor zstd"),
+        (bzimage(b"\x28\xb5\x2f\xfdxxxxxxxx"), "cannot be unpacked"),
+        (bzimage(MAGIC + b"\x09\0\0\0\x10aaa\0\0\0\0"), "cut off"),
+        (bzimage(MAGIC + b"\x04\0\0\0\x10a\x09\0size"), "out of range"),
         (bzimage(lzma.compress(elf)[:-9] + b"123456789"), "unpacked"),
         (bzimage(gzip.compress(b"text")), "no ELF file"),
     ):
         with pytest.raises(Unsupported, match=why):
             unpack_kernel(wrong)
+
+
+@pytest.mark.quick
+def test_lz4_frames_of_kernels():
+    """Sequences by hand: literals, an overlapping match, a long count, a second block."""
+    first = b"\x26ab\x02\x00" + b"\x1fc\x01\x00\xff\x01" + b"\x10d"
+    blocks = b"".join(struct.pack("<I", len(one)) + one for one in (first, b"\x30xyz"))
+    wanted = b"ab" * 6 + b"c" * (1 + 19 + 255 + 1) + b"dxyz"
+    assert unpack_legacy(MAGIC + blocks + b"size", 1000) == wanted
+    with pytest.raises(Rejected, match="over 10 bytes"):
+        unpack_legacy(MAGIC + blocks + b"size", 10)
+
+
+async def test_kernel_that_guests_boot_can_be_given_to_firecracker(tmp_path, guest_cache):
+    files = await asyncio.to_thread(ensure_guest, guest_cache)
+    kernel = await asyncio.to_thread(elf_kernel, files.kernel, tmp_path)
+    content = kernel.read_bytes()
+    assert content[:5] == b"\x7fELF\x02"  # 64 bits
+    assert b"Linux version " + files.release.encode() in content
 
 
 @pytest.mark.quick
