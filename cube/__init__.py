@@ -12,13 +12,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cube.keeper.logfile import LogQuery
     from cube.orchestrator import Cube
 
-__all__ = ["Cube"]
+__all__ = ["Cube", "LogQuery"]
+
+_HOMES = {"Cube": "cube.orchestrator", "LogQuery": "cube.keeper.logfile"}
 
 
 def __getattr__(name: str) -> Any:
-    """`Cube`, imported when it is asked for: most commands need nothing of it."""
-    if name == "Cube":
-        return importlib.import_module("cube.orchestrator").Cube
+    """The library's names, imported when they are asked for: most commands need none of them."""
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(name)
