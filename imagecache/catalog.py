@@ -16,7 +16,7 @@ from imagecache.blockimage.generations import Generation, State, parse_generatio
 from imagecache.blockimage.keys import ImageKey, RealmKeys, SealedKind
 from imagecache.blockimage.layerindex import LayerIndex
 from imagecache.blockimage.locations import LocationTable
-from imagecache.blockimage.manifest import BlockManifest
+from imagecache.blockimage.manifest import BlockManifest, Face
 from imagecache.blockimage.records import (
     MAX_RECORD,
     AliasRecord,
@@ -40,6 +40,11 @@ class AliasName:
     repository: str
     tag: str
     text: str
+
+
+def key_of(root: RootRecord) -> ImageKey:
+    """The key under which a root must stand."""
+    return ImageKey(root.image, Face.parse(root.face), root.options, root.format_version)
 
 
 class Catalog:
@@ -100,12 +105,15 @@ class Catalog:
 
     async def root_in(self, key: ImageKey, generation: int) -> RootRecord:
         """The root of an image in one generation."""
-        raw = await self.store.get(self.keys.root(key, generation), limit=MAX_RECORD)
-        return self._own(RootRecord.decode(raw))
+        name = self.keys.root(key, generation)
+        return self._own(RootRecord.decode(await self.store.get(name, limit=MAX_RECORD)), name)
 
-    def _own(self, root: RootRecord) -> RootRecord:
+    def _own(self, root: RootRecord, name: str) -> RootRecord:
+        """That root, if it is the one that lies under this name."""
         if root.realm != self.keys.realm:
             raise Corrupt(f"a root of realm {root.realm} lies in realm {self.keys.realm}")
+        if not name.endswith(f"/{key_of(root).digest()}.json"):
+            raise Corrupt(f"{name} is the root of another image: {root.image}")
         return root
 
     async def commit(self, key: ImageKey, root: RootRecord) -> None:
@@ -126,7 +134,7 @@ class Catalog:
                     continue
                 try:
                     raw = await self.store.get(stat.key, limit=MAX_RECORD)
-                    root = self._own(RootRecord.decode(raw))
+                    root = self._own(RootRecord.decode(raw), stat.key)
                 except NotFound:
                     continue  # collected since it was listed
                 except _DAMAGED as error:
@@ -138,7 +146,10 @@ class Catalog:
     async def find_layer(self, diff_id: str, generation: int) -> LayerRecord:
         """The converted layer of a diff id in one generation."""
         key = self.keys.layer(diff_id, generation)
-        return LayerRecord.decode(await self.store.get(key, limit=MAX_RECORD))
+        record = LayerRecord.decode(await self.store.get(key, limit=MAX_RECORD))
+        if record.diff_id != diff_id:
+            raise Corrupt(f"{key} is the record of another layer: {record.diff_id}")
+        return record
 
     async def put_layer(self, record: LayerRecord, generation: int) -> None:
         """Makes a converted layer findable."""
@@ -151,7 +162,10 @@ class Catalog:
         except NotFound:
             await self.generations()  # in a sealed realm names are others: that is said instead
             raise
-        return AliasRecord.decode(raw)
+        record = AliasRecord.decode(raw)
+        if (record.repository, record.tag) != (name.repository, name.tag):
+            raise Corrupt(f"the record of {name.text} is that of another name: {record.name}")
+        return record
 
     async def put_alias(self, name: AliasName, image: str) -> None:
         """Points a name at an image."""

@@ -29,6 +29,7 @@ __all__ = [
 HEX64 = re.compile(r"[0-9a-f]{64}")
 PACK_NAME = re.compile(r"[0-9a-f]{72}")  # generation and digest
 _HEX64_OR_NOTHING = re.compile(r"(?:[0-9a-f]{64})?")
+_FACE = re.compile(r"erofs|ext4")
 OCI_DIGEST = re.compile(r"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
 
 
@@ -66,7 +67,7 @@ class RootRecord:
             realm=text(fields, "realm"),
             generation=number(fields, "generation"),
             image=match(fields, "image", OCI_DIGEST),
-            face=text(fields, "face"),
+            face=match(fields, "face", _FACE),
             options=text(fields, "options"),
             format_version=number(fields, "format_version"),
             platform=text(fields, "platform"),

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from imagecache.blockimage.keys import ImageKey
 from imagecache.blockimage.locations import LocationTable
-from imagecache.blockimage.manifest import BlockManifest, Face
+from imagecache.blockimage.manifest import BlockManifest
 from imagecache.blockimage.records import RootRecord
 from imagecache.catalog import Catalog
 from imagecache.collect.work import ForEach, in_parallel
@@ -14,11 +13,6 @@ from imagecache.repair.damage import Damage, quarantined, quarantined_packs
 from imagecache.store.base import Priority, RangeReader
 
 BROKEN = (NotFound, Corrupt, LimitExceeded, Unsupported)
-
-
-def key_of(root: RootRecord) -> ImageKey:
-    """The key under which a root must stand."""
-    return ImageKey(root.image, Face.parse(root.face), root.options, root.format_version)
 
 
 class PresenceCheck:

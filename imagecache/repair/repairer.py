@@ -21,11 +21,11 @@ from imagecache.blockimage.keys import ImageKey
 from imagecache.blockimage.locations import split_pack_name
 from imagecache.blockimage.manifest import Face
 from imagecache.blockimage.records import AliasRecord, LayerRecord, RootRecord
-from imagecache.catalog import Catalog
+from imagecache.catalog import Catalog, key_of
 from imagecache.errors import Corrupt, CubecacheError, Denied, NotFound, Unavailable
 from imagecache.packs.pack import MAX_BYTES
 from imagecache.repair.damage import quarantined_packs
-from imagecache.repair.presence import BROKEN, PresenceCheck, key_of
+from imagecache.repair.presence import BROKEN, PresenceCheck
 from imagecache.store.base import RangeReader
 from imagecache.verify import Verifier
 

@@ -20,13 +20,13 @@ from imagecache.blockimage.jsonrecord import MAX_RECORD, decode_record, encode_r
 from imagecache.blockimage.locations import pack_name
 from imagecache.blockimage.records import AliasRecord, LayerRecord, RootRecord
 from imagecache.blockimage.seals import Seals
-from imagecache.catalog import Catalog
+from imagecache.catalog import Catalog, key_of
 from imagecache.chunks import BLOCK, chunk_digest
 from imagecache.chunks.codec import decode_chunk
 from imagecache.errors import Corrupt, CubecacheError, Denied, NotFound
 from imagecache.packs.pack import MAX_BYTES, TRAILER, PackedChunk, read_table, read_trailer
 from imagecache.repair.damage import Damage, quarantine
-from imagecache.repair.presence import BROKEN, PresenceCheck, key_of
+from imagecache.repair.presence import BROKEN, PresenceCheck
 from imagecache.store.base import ObjectStat, RangeReader
 
 SEALED = ("indexes", "manifests", "locations", "profiles", "boottables")

@@ -29,8 +29,9 @@ spec:
 """
 
 
-def test_firecracker_is_refused_by_name_where_it_cannot_work(tmp_path):
-    host = PodHost(tmp_path / "state", make_image(tmp_path / "image"))
+def test_firecracker_is_refused_by_name_where_it_cannot_work(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("driver")  # a short name: sockets lie below it
+    host = PodHost(directory / "s", make_image(directory / "image"))
     path = host.manifest("web", POD.replace("DRIVER", "qemu").replace(", annotations", ", labels"))
     environment = {**host.environment, "CUBECACHE_FIRECRACKER": "/nowhere/firecracker"}
     try:

@@ -14,7 +14,7 @@ from imagecache.blockimage.records import AliasRecord, LayerRecord, RootRecord
 from imagecache.build.pipeline import Builder, BuildSettings
 from imagecache.build.spool import Spool
 from imagecache.cache.decode import Wanted, decode_all
-from imagecache.catalog import AliasName, Catalog
+from imagecache.catalog import AliasName, Catalog, key_of
 from imagecache.chunks import BLOCK
 from imagecache.collect.plan import Policy
 from imagecache.collect.run import Collector, Wishes
@@ -24,7 +24,6 @@ from imagecache.oci.platform import host_platform
 from imagecache.oci.reference import parse_reference
 from imagecache.oci.settings import RegistrySettings
 from imagecache.oci.source import open_source
-from imagecache.repair.presence import key_of
 from imagecache.repair.repairer import Broken, Repairer, RepairReport
 from imagecache.repair.scrub import Scrubber, ScrubReport, ScrubWishes
 from imagecache.store.base import Priority, Store
@@ -392,3 +391,25 @@ async def test_one_damaged_record_hides_nothing_else_and_stops_collection(
     with pytest.raises(Corrupt):
         await Collector(catalog).run()
     assert {key for key in before if "/packs/" in key} <= set(store.objects)
+
+
+async def test_a_record_under_another_name_is_not_believed(realm: MemoryStore) -> None:
+    """G12: records that were swapped: a build took another layer's content for its own."""
+    store = copied(realm)
+    catalog = Catalog(store, "default")
+    (generation,) = await catalog.readable_generations()
+    for prefix in (catalog.keys.layers(generation), catalog.keys.roots(generation)):
+        first, second = sorted(key for key in store.objects if key.startswith(prefix))[:2]
+        store.objects[first], store.objects[second] = store.objects[second], store.objects[first]
+        for key in (first, second):
+            record = store.objects[key]
+            if prefix == catalog.keys.layers(generation):
+                other = LayerRecord.decode(realm.objects[key])
+                with pytest.raises(Corrupt, match="another layer"):
+                    await catalog.find_layer(other.diff_id, generation)
+            else:
+                root = RootRecord.decode(realm.objects[key])
+                with pytest.raises(Corrupt, match="another image"):
+                    await catalog.find_root(key_of(root))
+            assert record != realm.objects[key]
+    assert [root async for root in catalog.roots()] == []

@@ -36,7 +36,7 @@ def test_newer_version_is_named_only_where_it_is_true() -> None:
     """D4: a record of a newer version is told from one whose version was damaged."""
     newer = json.loads(encode_record("root", {"version": 2}))
     with pytest.raises(Unsupported, match="version 2"):
-        decode_record("root", json.dumps(newer).encode())
+        decode_record("root", json.dumps(newer).encode() + b"\n")
     newer["version"] = 3
     with pytest.raises(Corrupt, match="check"):
         decode_record("root", json.dumps(newer).encode())
